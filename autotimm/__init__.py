@@ -1,1 +1,66 @@
-"""autotimm."""
+"""Train vision models: any timm or transformers backbone, any task, one trainer.
+
+Public names are imported when they are first used, so that `import autotimm` costs milliseconds.
+"""
+from typing import TYPE_CHECKING, Any
+
+from autotimm.core import lazy_names
+
+_WHERE = {  # module -> its public names; tests/test_package.py holds it equal to the block for type checkers below
+    "core": "MissingExtraError count_parameters seed_everything",
+    "backbones": "Backbone BackboneConfig FeatureBackboneConfig HubError ModelSource create_backbone "
+                 "create_feature_backbone get_feature_channels get_feature_info get_feature_strides get_model_source "
+                 "list_backbones list_hf_hub_backbones",
+    "losses": "FocalLoss list_losses",
+    "heads": "ClassificationHead",
+    "optim": "list_optimizers list_schedulers",
+    "metrics": "LoggingConfig MetricConfig MetricManager",
+    "loggers": "LoggerConfig LoggerManager",
+    "data": "BadImageError CSVImageDataset ImageDataModule MultiLabelImageDataModule MultiLabelImageDataset "
+            "TransformConfig create_inference_transform get_transforms_from_backbone list_transform_presets "
+            "resolve_backbone_data_config",
+    "tasks": "ImageClassifier VisionTask",
+    "trainer": "AutoTrainer TunerConfig",
+}
+_MODULES = {  # public submodules and their other names
+    "core": "core", "testing": "testing", "backbones": "backbones", "data": "data", "heads": "heads", "head": "heads",
+    "losses": "losses", "loss": "losses", "optim": "optim", "metrics": "metrics", "metrics_module": "metrics",
+    "metric": "metrics", "loggers": "loggers", "viz": "viz", "tasks": "tasks", "task": "tasks", "trainer": "trainer",
+}
+_NAMES = {name: module for module, names in _WHERE.items() for name in names.split()}
+
+if TYPE_CHECKING:
+    from autotimm.backbones import (Backbone, BackboneConfig, FeatureBackboneConfig, HubError, ModelSource,
+                                    create_backbone, create_feature_backbone, get_feature_channels, get_feature_info,
+                                    get_feature_strides, get_model_source, list_backbones, list_hf_hub_backbones)
+    from autotimm.core import MissingExtraError, count_parameters, seed_everything
+    from autotimm.data import (BadImageError, CSVImageDataset, ImageDataModule, MultiLabelImageDataModule,
+                               MultiLabelImageDataset, TransformConfig, create_inference_transform,
+                               get_transforms_from_backbone, list_transform_presets, resolve_backbone_data_config)
+    from autotimm.heads import ClassificationHead
+    from autotimm.loggers import LoggerConfig, LoggerManager
+    from autotimm.losses import FocalLoss, list_losses
+    from autotimm.metrics import LoggingConfig, MetricConfig, MetricManager
+    from autotimm.optim import list_optimizers, list_schedulers
+    from autotimm.tasks import ImageClassifier, VisionTask
+    from autotimm.trainer import AutoTrainer, TunerConfig
+
+__all__ = [
+    "AutoTrainer", "BadImageError", "Backbone", "BackboneConfig", "CSVImageDataset", "ClassificationHead",
+    "FeatureBackboneConfig", "FocalLoss", "HubError", "ImageClassifier", "ImageDataModule", "LoggerConfig",
+    "LoggerManager", "LoggingConfig", "MetricConfig", "MetricManager", "MissingExtraError", "ModelSource",
+    "MultiLabelImageDataModule", "MultiLabelImageDataset", "TransformConfig", "TunerConfig", "VisionTask",
+    "count_parameters", "create_backbone", "create_feature_backbone", "create_inference_transform",
+    "get_feature_channels", "get_feature_info", "get_feature_strides", "get_model_source",
+    "get_transforms_from_backbone", "list_backbones", "list_hf_hub_backbones", "list_losses", "list_optimizers",
+    "list_schedulers", "list_transform_presets", "resolve_backbone_data_config", "seed_everything",
+]
+
+_getattr, __dir__ = lazy_names(__name__, {k: f"autotimm.{v}" for k, v in _NAMES.items()},
+                               {k: f"autotimm.{v}" for k, v in _MODULES.items()})
+
+
+def __getattr__(name: str) -> Any:
+    if name != "__version__": return _getattr(name)
+    from importlib.metadata import version
+    return version("autotimm")

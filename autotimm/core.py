@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'TRUSTED_MODULES', 'near_matches', 'not_found', 'lookup', 'MissingExtraError', 'has_module', 'require',
-           'UntrustedImportError', 'import_object', 'object_path', 'to_plain', 'atomic_path', 'seed_everything',
-           'count_parameters']
+           'lazy_names', 'UntrustedImportError', 'import_object', 'object_path', 'to_plain', 'atomic_path',
+           'seed_everything', 'count_parameters']
 
 # %% ../nbs/00_core.ipynb #5a0f5754
 import contextlib
@@ -15,7 +15,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -82,6 +82,22 @@ def require(
         raise MissingExtraError(f"{top!r} is not installed.{reason} Install it with: "
                                 f'pip install "autotimm[{extra or top}]"', name=top)
     return importlib.import_module(module)
+
+# %% ../nbs/00_core.ipynb #a27b1c21
+def lazy_names(
+    package: str,                         # `__name__` of the package
+    names: Mapping[str, str],             # public name -> module that holds it
+    modules: Mapping[str, str] = {},      # public name -> module that it stands for
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:  # the package's `__getattr__` and `__dir__`
+    "`__getattr__` and `__dir__` for a package that imports its names when they are used."
+    space = vars(importlib.import_module(package))
+    def get(name: str) -> Any:
+        if name in names: value = getattr(importlib.import_module(names[name]), name)
+        elif name in modules: value = importlib.import_module(modules[name])
+        else: raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        space[name] = value
+        return value
+    return get, lambda: sorted({*space, *names, *modules})
 
 # %% ../nbs/00_core.ipynb #a0ac6d57
 TRUSTED_MODULES = ("torch", "torchvision", "timm", "torchmetrics", "transformers", "pytorch_lightning", "autotimm")

@@ -1,0 +1,24 @@
+"""Data modules, data sets and transforms."""
+from typing import TYPE_CHECKING
+
+from autotimm.core import lazy_names
+
+_WHERE = {
+    "datamodule": "CSVImageDataset ImageDataModule MultiLabelImageDataModule MultiLabelImageDataset",
+    "readers": "BadImageError",
+    "transforms": "TransformConfig create_inference_transform get_transforms_from_backbone list_transform_presets "
+                  "resolve_backbone_data_config",
+}
+
+if TYPE_CHECKING:
+    from autotimm.data.datamodule import (CSVImageDataset, ImageDataModule, MultiLabelImageDataModule,
+                                          MultiLabelImageDataset)
+    from autotimm.data.readers import BadImageError
+    from autotimm.data.transforms import (TransformConfig, create_inference_transform, get_transforms_from_backbone,
+                                          list_transform_presets, resolve_backbone_data_config)
+
+__all__ = ["BadImageError", "CSVImageDataset", "ImageDataModule", "MultiLabelImageDataModule", "MultiLabelImageDataset",
+           "TransformConfig", "create_inference_transform", "get_transforms_from_backbone", "list_transform_presets",
+           "resolve_backbone_data_config"]
+__getattr__, __dir__ = lazy_names(__name__, {name: f"autotimm.data.{module}" for module, names in _WHERE.items()
+                                             for name in names.split()})

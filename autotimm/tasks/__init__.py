@@ -1,0 +1,12 @@
+"""Tasks: a backbone, a head, and what happens in a step."""
+from typing import TYPE_CHECKING
+
+from autotimm.core import lazy_names
+
+if TYPE_CHECKING:
+    from autotimm.tasks.base import VisionTask
+    from autotimm.tasks.classification import ImageClassifier
+
+__all__ = ["ImageClassifier", "VisionTask"]
+__getattr__, __dir__ = lazy_names(__name__, {"VisionTask": "autotimm.tasks.base",
+                                             "ImageClassifier": "autotimm.tasks.classification"})

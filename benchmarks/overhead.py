@@ -1,0 +1,138 @@
+"""What does a training step cost beyond a hand-written loop?
+
+The same model, data and optimiser, once through `AutoTrainer` (and `ImageClassifier` with its accuracy metric), once in a
+loop written by hand, interleaved in one run: medians of seven pairs. `python benchmarks/overhead.py [--runs 7]`
+"""
+import argparse
+import gc
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import timm
+import torch
+import transformers
+from common import interleave, machine, ratio, table
+from torch import nn
+from torch.nn import functional as F
+
+from autotimm import AutoTrainer, ImageClassifier
+
+CLASSES, WARMUP = 10, 5
+
+
+def batches(steps: int, batch_size: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    "Ready batches, so that only the step is timed."
+    g = torch.Generator().manual_seed(0)
+    made = [(torch.randn(batch_size, 3, size, size, generator=g), torch.randint(0, CLASSES, (batch_size,), generator=g))
+            for _ in range(4)]
+    return [made[i % 4] for i in range(steps)]
+
+
+class Clock(pl.Callback):
+    "Seconds a step, from the end of the warm-up to the end of the last step."
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == WARMUP - 1: self.start = time.perf_counter()
+        self.end, self.steps = time.perf_counter(), batch_idx + 1 - WARMUP
+
+
+def by_hand(model: nn.Module, data: list, optimizer: torch.optim.Optimizer) -> float:
+    "Seconds a step of the loop anyone would write."
+    model.train()
+    for i, (x, y) in enumerate(data):
+        if i == WARMUP: start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    return (time.perf_counter() - start) / (len(data) - WARMUP)
+
+
+def by_trainer(module: pl.LightningModule, data: list) -> float:
+    "Seconds a step through AutoTrainer."
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = AutoTrainer(max_epochs=1, callbacks=[clock], default_root_dir=folder, enable_progress_bar=False,
+                              enable_model_summary=False, accelerator="cpu")
+        trainer.fit(module, data)
+    return (clock.end - clock.start) / clock.steps
+
+
+class Own(pl.LightningModule):
+    "A user's own module around a transformers model."
+    def __init__(self, vit: nn.Module, width: int):
+        super().__init__()
+        self.vit, self.classifier = vit, nn.Linear(width, CLASSES)
+
+    def forward(self, x): return self.classifier(self.vit(pixel_values=x).last_hidden_state[:, 0])
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self): return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def vit_tiny_config() -> Any:
+    return transformers.ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
+
+
+def timm_sides(name: str) -> dict[str, Callable[[list], float]]:
+    def hand(data: list) -> float:
+        model = timm.create_model(name, num_classes=CLASSES)
+        return by_hand(model, data, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4))
+    def ours(data: list) -> float:
+        return by_trainer(ImageClassifier(timm.create_model(name, num_classes=0), CLASSES, lr=1e-4, scheduler=None), data)
+    return {"by hand": hand, "ImageClassifier": ours}
+
+
+def vit_sides() -> dict[str, Callable[[list], float]]:
+    def vit() -> Any: return transformers.ViTModel(vit_tiny_config(), add_pooling_layer=False)
+    def hand(data: list) -> float:
+        model = Own(vit(), 192)
+        return by_hand(model, data, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    def own(data: list) -> float: return by_trainer(Own(vit(), 192), data)
+    def ours(data: list) -> float:
+        return by_trainer(ImageClassifier(vit(), CLASSES, lr=1e-4, scheduler=None), data)
+    return {"by hand": hand, "own module": own, "backbone=": ours}
+
+
+def measure(sides: dict[str, Callable[[list], float]], data: list, runs: int) -> dict[str, list[float]]:
+    def run(side: Callable[[list], float]) -> Callable[[], float]:
+        def once() -> float:
+            gc.collect()
+            torch.manual_seed(0)
+            return side(data)
+        return once
+    return interleave({name: run(side) for name, side in sides.items()}, runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=7)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    rows = []
+    for name, size, steps, limit in (("resnet18", 96, 45, 1.03), ("test_resnet", 64, 205, 1.05)):
+        times = measure(timm_sides(name), batches(steps, 16, size), args.runs)
+        ms = {k: statistics.median(v) * 1e3 for k, v in times.items()}
+        rows.append([name, f"{size} px, batch 16", "ImageClassifier", f"{ms['by hand']:.2f}", f"{ms['ImageClassifier']:.2f}",
+                     f"{ratio(times, 'ImageClassifier', 'by hand'):.3f}", f"{limit:.2f}"])
+    times = measure(vit_sides(), batches(25, 8, 224), args.runs)
+    ms = {k: statistics.median(v) * 1e3 for k, v in times.items()}
+    for side, base in (("own module", "by hand"), ("backbone=", "by hand"), ("backbone=", "own module")):
+        rows.append(["ViT-tiny (transformers)", "224 px, batch 8", f"{side} / {base}", f"{ms[base]:.2f}", f"{ms[side]:.2f}",
+                     f"{ratio(times, side, base):.3f}", "1.03"])
+    print(machine() + "\n")
+    print(table(rows, ["model", "data", "side", "base, ms a step", "ours, ms a step", "ratio", "at most"]))
+
+
+if __name__ == "__main__": main()

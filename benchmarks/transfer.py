@@ -1,0 +1,65 @@
+"""How good is a pretrained backbone on a few hundred real photos, and how long does it take?
+
+Ants against bees (244 photos to train, 153 to validate) with MobileNetV2 pretrained on ImageNet: a linear probe, fine-tuning,
+and the same from random weights. `python benchmarks/transfer.py [--data DIR]`, where DIR holds `ants_bees` and
+`weights/mobilenetv2_100`; it is not part of this repository.
+"""
+import argparse
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from common import machine, table
+
+from autotimm import AutoTrainer, BackboneConfig, ImageClassifier, ImageDataModule, seed_everything
+
+PLANS: dict[str, dict[str, Any]] = {
+    "linear probe": dict(epochs=8, pretrained=True, task=dict(freeze_backbone=True, lr=3e-3)),
+    "fine-tuning": dict(epochs=8, pretrained=True, task=dict(lr=5e-4, layer_decay=0.85)),
+    "from random weights": dict(epochs=8, pretrained=False, task=dict(lr=1e-3)),
+}
+
+
+def run(name: str, data: Path, seed: int) -> tuple[float, float]:
+    "Validation accuracy after the last epoch, and seconds of training."
+    plan = PLANS[name]
+    seed_everything(seed)
+    config = BackboneConfig(f"local-dir:{data / 'weights' / 'mobilenetv2_100'}", pretrained=plan["pretrained"])
+    model = ImageClassifier(config, num_classes=2, **plan["task"])
+    photos = ImageDataModule(data / "ants_bees", batch_size=32, num_workers=2)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = AutoTrainer(max_epochs=plan["epochs"], default_root_dir=folder, enable_progress_bar=False,
+                              enable_model_summary=False, accelerator="cpu", checkpoint_monitor="val/accuracy",
+                              checkpoint_mode="max")
+        start = time.perf_counter()
+        trainer.fit(model, datamodule=photos)
+        seconds = time.perf_counter() - start
+    return float(trainer.callback_metrics["val/accuracy"]), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--plan", choices=list(PLANS), action="append")
+    args = parser.parse_args()
+    if not (args.data / "ants_bees").is_dir():
+        print(f"No photos at {args.data / 'ants_bees'}: give the folder that holds them with --data.")
+        sys.exit(0)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    rows = []
+    for name in args.plan or PLANS:
+        found = [run(name, args.data, seed) for seed in range(args.seeds)]
+        accuracies = ", ".join(f"{a:.1%}" for a, _ in found)
+        rows.append([name, PLANS[name]["epochs"], accuracies, f"{min(a for a, _ in found):.1%}",
+                     f"{max(s for _, s in found):.0f}"])
+    print(machine() + "\n")
+    print(table(rows, ["plan", "epochs", "validation accuracy, last epoch, by seed", "worst", "seconds, slowest"]))
+
+
+if __name__ == "__main__": main()

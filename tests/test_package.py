@@ -1,0 +1,123 @@
+"""What the package promises as a package: layout, lazy names, wheel, settings, the order of the notebooks."""
+import ast
+import configparser
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import autotimm
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "autotimm"
+
+
+def python(code: str, **env: str) -> str:
+    "What a fresh interpreter prints."
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    "`import autotimm` pulls in no heavy library and takes under 0.15 s."
+    heavy = ["torch", "timm", "transformers", "pytorch_lightning", "matplotlib", "numpy"]
+    assert python(f"import sys, autotimm; print([m for m in {heavy} if m in sys.modules])") == "[]"
+    timed = "import time; t=time.perf_counter(); import autotimm; print(time.perf_counter()-t)"
+    assert min(float(python(timed)) for _ in range(3)) < 0.15
+
+
+def test_names_for_people_and_for_type_checkers_agree():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    typed = {a.name: n.module.split(".")[1] for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert typed == autotimm._NAMES
+    assert sorted(autotimm.__all__) == sorted(autotimm._NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(autotimm._NAMES) + sorted(autotimm._MODULES))
+def test_every_public_name_resolves(name):
+    assert getattr(autotimm, name) is not None
+    assert name in dir(autotimm)
+
+
+def test_aliases_are_the_same_module():
+    assert autotimm.loss is autotimm.losses and autotimm.metric is autotimm.metrics_module
+    assert autotimm.head is autotimm.heads and autotimm.task is autotimm.tasks
+    with pytest.raises(AttributeError, match="no_such_name"): autotimm.no_such_name  # noqa: B018
+
+
+def test_settings_are_the_one_source():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini")
+    settings, project = parser["DEFAULT"], tomllib.loads((ROOT / "pyproject.toml").read_text())
+    nbdev = project["tool"]["nbdev"]
+    for key in ("lib_path", "nbs_path", "doc_path", "readme_nb", "title", "branch"): assert settings[key] == nbdev[key]
+    for key in ("put_version_in_init", "custom_sidebar", "recursive", "clean_ids", "clear_all", "jupyter_hooks"):
+        assert settings.getboolean(key) == nbdev[key]
+    assert settings["tst_flags"].split() == nbdev["tst_flags"]
+    assert project["project"]["name"] == settings["lib_name"]
+    assert project["project"]["requires-python"] == f">={settings['min_python']}"
+    assert autotimm.__version__ == settings["version"]
+
+
+def numbers() -> dict[str, int]:
+    "Module -> number of its notebook."
+    found = {}
+    for notebook in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")):
+        exported = re.search(r"#\| default_exp ([\w.]+)", notebook.read_text())
+        assert exported, f"{notebook.name} exports no module"
+        found[f"autotimm.{exported[1]}"] = int(notebook.name[:2])
+    return found
+
+
+def test_a_module_imports_only_lower_numbers():
+    order = numbers()
+    for module, number in order.items():
+        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{module}: relative import"
+            for name in names:
+                if not name.startswith("autotimm"): continue
+                assert name in order, f"{module} imports {name}, which no numbered notebook exports"
+                assert order[name] < number, f"{module} ({number}) imports {name} ({order[name]})"
+                assert not any(a.name == "*" for a in node.names), f"{module}: star import"
+
+
+def test_every_module_comes_from_a_notebook():
+    known = set(numbers())
+    for path in PACKAGE.rglob("*.py"):
+        if path.name in ("__init__.py", "_modidx.py"): continue
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert module in known, f"{module} has no notebook"
+
+
+def test_nothing_catches_everything():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                names = [n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)] if node.type else [""]
+                assert not {"", "Exception", "BaseException"} & set(names), f"{path.name}:{node.lineno}"
+
+
+def test_the_wheel_holds_every_module(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT],
+                   check=True, capture_output=True)
+    wheel, = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py")} | {"autotimm/py.typed"}
+    assert wanted <= held
+
+
+@pytest.mark.parametrize("extra", ["transformers", "datasets", "tensorboard", "wandb", "mlflow", "detection",
+                                   "albumentations", "onnx", "demo", "dev", "all"])
+def test_extras_are_declared(extra):
+    from importlib.metadata import metadata
+    assert extra in metadata("autotimm").get_all("Provides-Extra")

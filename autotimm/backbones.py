@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['T', 'ModelSource', 'BackboneConfig', 'FeatureBackboneConfig', 'get_model_source', 'HubError', 'HubNotFoundError',
-           'HubAccessError', 'HubOfflineError', 'HubCorruptError', 'Backbone', 'FeatureBackbone', 'create_backbone',
-           'create_feature_backbone', 'get_feature_info', 'get_feature_channels', 'get_feature_strides']
+           'HubAccessError', 'HubHiddenError', 'HubOfflineError', 'HubCorruptError', 'Backbone', 'FeatureBackbone',
+           'create_backbone', 'create_feature_backbone', 'get_feature_info', 'get_feature_channels',
+           'get_feature_strides']
 
 # %% ../nbs/02_backbones.ipynb #72857f4e
 import contextlib
@@ -16,12 +17,13 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 from .core import near_matches, not_found, require, to_plain
 
 # %% ../nbs/02_backbones.ipynb #10914920
-class ModelSource(str, Enum):
+class ModelSource(StrEnum):
     "Where a backbone comes from."
     TIMM = "timm"
     HF_HUB = "hf_hub"
@@ -134,6 +136,9 @@ class HubNotFoundError(HubError, ValueError):
 class HubAccessError(HubError):
     "The repository is private or gated, or the token is wrong."
 
+class HubHiddenError(HubNotFoundError, HubAccessError):
+    "No such repository, or a private one: without a token that may read it, the Hub does not say which."
+
 class HubOfflineError(HubError, ConnectionError):
     "The Hub cannot be reached and the model is not in the cache."
 
@@ -157,9 +162,9 @@ def _hub_error(e: Exception, repo_id: str, revision: str | None = None) -> HubEr
     if isinstance(e, errors.RevisionNotFoundError):
         return HubNotFoundError(f"Revision {revision!r} of {repo_id!r} not found. Give a branch, tag or commit that "
                                 f"the repository has, or leave '@{revision}' out.")
-    if isinstance(e, errors.RepositoryNotFoundError) and status == 404:
-        return HubNotFoundError(f"{what} not found on the Hub.{_repo_hint(repo_id)} {_WAY_OUT} "
-                                f"If it is private: {_TOKEN_HINT}")
+    if isinstance(e, errors.RepositoryNotFoundError):
+        return HubHiddenError(f"{what} not found: the Hub answered {status}, so it does not exist, or is private and the "
+                              f"token (if any) may not read it.{_repo_hint(repo_id)} {_WAY_OUT} {_TOKEN_HINT}")
     if isinstance(e, errors.LocalEntryNotFoundError):
         return HubOfflineError(f"{what} is not in the cache and the Hub cannot be reached. {_OFFLINE_HINT}")
     if isinstance(e, errors.EntryNotFoundError):
@@ -167,8 +172,8 @@ def _hub_error(e: Exception, repo_id: str, revision: str | None = None) -> HubEr
     if isinstance(e, errors.HFValidationError):
         return HubNotFoundError(f"{repo_id!r} is not a repository id ('org/name'), so it is not found. {_WAY_OUT}")
     if status in (401, 403):
-        return HubAccessError(f"{what} was refused: the Hub answered {status}, so it is private, or does not exist, or "
-                              f"the token is wrong.{_repo_hint(repo_id)} {_TOKEN_HINT}")
+        return HubAccessError(f"{what} was refused: the Hub answered {status}, so the token is wrong or may not read it. "
+                              f"{_TOKEN_HINT}")
     if status is not None: return HubError(f"{what} cannot be loaded: the Hub answered {status}. Try again later.")
     reason = str(e).splitlines()[0] if str(e) else type(e).__name__
     return HubOfflineError(f"{what} cannot be fetched: the Hub at {constants.ENDPOINT} does not answer ({reason}). "
@@ -275,13 +280,14 @@ def _download(repo_id: str, revision: str | None, names: Sequence[str], weights_
     except (_HTTP_ERROR, OSError) as e: raise _hub_error(e, repo_id, revision) from e
     return _Files(folder, folder.name)
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, where: str = "") -> dict[str, Any]:
     "A JSON object from a file. Raises `HubCorruptError` if it is none."
+    where = where or repr(path.parent.name)
     try: value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise HubCorruptError(f"{path.name} in {path.parent.name!r} is not valid JSON ({e}). Fetch or save it again.") from e
+        raise HubCorruptError(f"{path.name} of {where} is not valid JSON ({e}). Fetch or save it again.") from e
     if not isinstance(value, dict):
-        raise HubCorruptError(f"{path.name} in {path.parent.name!r} must hold a JSON object, got {type(value).__name__}.")
+        raise HubCorruptError(f"{path.name} of {where} must hold a JSON object, got {type(value).__name__}.")
     return value
 
 def _check_weights(path: Path, where: str) -> None:
@@ -339,9 +345,9 @@ class _TimmLibrary:
     "How a timm model is run."
     kind = "timm"
 
-    def pooled(self, model: nn.Module, x: Tensor) -> Tensor: return model(x)
+    def pooled(self, model: Any, x: Tensor) -> Tensor: return model(x)
 
-    def levels(self, model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
+    def levels(self, model: Any, x: Tensor) -> list[dict[str, Any]]:
         "Channels, stride and module of every level, as found by running it."
         info = getattr(model, "feature_info", None)
         if info is None or not hasattr(model, "forward_intermediates"):
@@ -351,24 +357,24 @@ class _TimmLibrary:
         return [dict(num_chs=o.shape[1], reduction=_stride(x, o, row["reduction"]), module=row["module"])
                 for o, row in zip(maps, rows, strict=True)]
 
-    def maps(self, model: nn.Module, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+    def maps(self, model: Any, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         return list(model.forward_intermediates(x, indices=list(indices), output_fmt="NCHW", intermediates_only=True))
 
-    def prune(self, model: nn.Module, indices: Sequence[int]) -> None:
+    def prune(self, model: Any, indices: Sequence[int]) -> None:
         "Drop what stands behind the last map."
         if hasattr(model, "prune_intermediate_layers"):
             model.prune_intermediate_layers(list(indices), prune_norm=True, prune_head=True)
 
-    def groups(self, model: nn.Module) -> list[list[str]]:
+    def groups(self, model: Any) -> list[list[str]]:
         names = [n for n, _ in model.named_parameters()]
         if not hasattr(model, "group_matcher"): return [names]
         by_layer = timm.models.group_parameters(model, model.group_matcher(coarse=False))
         return [by_layer[o] for o in sorted(by_layer)]
 
-    def no_weight_decay(self, model: nn.Module) -> set[str]:
+    def no_weight_decay(self, model: Any) -> set[str]:
         return set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
 
-    def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
+    def set_grad_checkpointing(self, model: Any, enable: bool) -> None:
         model.set_grad_checkpointing(enable)
 
 class _ModuleLibrary(_TimmLibrary):
@@ -387,7 +393,7 @@ class _TransformersLibrary:
     "How a transformers model is run."
     kind = "transformers"
 
-    def __init__(self, model: nn.Module, pooling: str | None = None) -> None:
+    def __init__(self, model: Any, pooling: str | None = None) -> None:
         config: Any = model.config
         parameters = inspect.signature(model.forward).parameters
         self.interpolates = "interpolate_pos_encoding" in parameters
@@ -398,7 +404,7 @@ class _TransformersLibrary:
         self.prefix = 0
         self.picked: list[int] | None = None
 
-    def run(self, model: nn.Module, x: Tensor, maps: bool = False) -> Any:
+    def run(self, model: Any, x: Tensor, maps: bool = False) -> Any:
         "The model's own output object. Raises `ValueError` for an image smaller than its windows allow."
         if min(x.shape[-2:]) < self.least_size:
             raise ValueError(f"images must be at least {self.least_size} pixels a side for the windows of "
@@ -406,7 +412,7 @@ class _TransformersLibrary:
         more = dict(interpolate_pos_encoding=True) if self.interpolates and tuple(x.shape[-2:]) != self.native_size else {}
         return model(pixel_values=x, output_hidden_states=maps, return_dict=True, **more)
 
-    def learn(self, model: nn.Module, output: Any, size: tuple[int, int]) -> None:
+    def learn(self, model: Any, output: Any, size: tuple[int, int]) -> None:
         "Settle the pooling and the number of prefix tokens from one output."
         last = output.last_hidden_state
         if last.ndim == 3 and self.patch: self.prefix = _prefix_tokens(last.shape[1], size, self.patch)
@@ -420,7 +426,7 @@ class _TransformersLibrary:
         elif last.ndim == 3 and self.prefix and not getattr(model.config, "use_mean_pooling", False): self.pooling = "cls"
         else: self.pooling = "mean"
 
-    def pooled(self, model: nn.Module, x: Tensor) -> Tensor:
+    def pooled(self, model: Any, x: Tensor) -> Tensor:
         output = self.run(model, x)
         if self.pooling is None: self.learn(model, output, (x.shape[-2], x.shape[-1]))
         if self.pooling == "pooler": return output.pooler_output.flatten(1)
@@ -428,7 +434,7 @@ class _TransformersLibrary:
         if self.pooling == "cls": return last[:, 0]
         return last.mean((-2, -1)) if last.ndim == 4 else last[:, self.prefix:].mean(1)
 
-    def all_maps(self, model: nn.Module, x: Tensor) -> list[Tensor]:
+    def all_maps(self, model: Any, x: Tensor) -> list[Tensor]:
         "Every hidden state as (B, C, H, W)."
         with _stage_outputs(model) as stages: output = self.run(model, x, maps=True)
         if stages: return [_tokens_to_map(o, *_swin_grid(model, x, i)) for i, o in enumerate(stages)]
@@ -439,7 +445,7 @@ class _TransformersLibrary:
         if not self.patch: raise NotImplementedError(f"{type(model).__name__} gives no feature maps")
         return [_tokens_to_map(o, x.shape[-2] // self.patch[0], x.shape[-1] // self.patch[1]) for o in hidden]
 
-    def levels(self, model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
+    def levels(self, model: Any, x: Tensor) -> list[dict[str, Any]]:
         "Channels and stride of every level: the last map of each stride, or every layer where all strides are one."
         maps = self.all_maps(model, x)
         strides = [_stride(x, o) for o in maps]
@@ -447,15 +453,15 @@ class _TransformersLibrary:
         self.picked = last if len(last) > 1 else list(range(1, len(maps)))
         return [dict(num_chs=maps[i].shape[1], reduction=strides[i], module=f"hidden_states.{i}") for i in self.picked]
 
-    def maps(self, model: nn.Module, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+    def maps(self, model: Any, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         if self.picked is None: self.levels(model, x)
         picked, maps = self.picked or [], self.all_maps(model, x)
         return [maps[picked[i]] for i in indices]
 
-    def prune(self, model: nn.Module, indices: Sequence[int]) -> None:
+    def prune(self, model: Any, indices: Sequence[int]) -> None:
         "Nothing: what the maps do not use is frozen instead."
 
-    def groups(self, model: nn.Module) -> list[list[str]]:
+    def groups(self, model: Any) -> list[list[str]]:
         "Embeddings, each layer or stage, the rest."
         groups: dict[str, list[str]] = {}
         for name, _ in model.named_parameters():
@@ -465,10 +471,10 @@ class _TransformersLibrary:
         last = groups.pop("after", None)
         return [*groups.values()] + ([last] if last else [])
 
-    def no_weight_decay(self, model: nn.Module) -> set[str]:
+    def no_weight_decay(self, model: Any) -> set[str]:
         return {n for n, _ in model.named_parameters() if _NO_DECAY.search(n)}
 
-    def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
+    def set_grad_checkpointing(self, model: Any, enable: bool) -> None:
         if not getattr(model, "supports_gradient_checkpointing", False): raise NotImplementedError
         switch: Any = model.gradient_checkpointing_enable if enable else model.gradient_checkpointing_disable
         switch()
@@ -506,9 +512,9 @@ def _stage_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for o in handles: o.remove()
 
-def _swin_grid(model: nn.Module, x: Tensor, stage: int) -> tuple[int, int]:
+def _swin_grid(model: Any, x: Tensor, stage: int) -> tuple[int, int]:
     "Rows and columns of tokens in a Swin stage; odd sides are padded."
-    patch = _pair(getattr(model.config, "patch_size")) or (4, 4)
+    patch = _pair(model.config.patch_size) or (4, 4)
     height, width = math.ceil(x.shape[-2] / patch[0]), math.ceil(x.shape[-1] / patch[1])
     return math.ceil(height / 2**stage), math.ceil(width / 2**stage)
 
@@ -732,7 +738,7 @@ def _refused(e: TypeError) -> str | None:
     found = re.search(r"unexpected keyword argument '(\w+)'", str(e))
     return found.group(1) if found else None
 
-def _create_timm(architecture: str, args: Mapping[str, Any], **how: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _create_timm(architecture: str, args: Mapping[str, Any], **how: Any) -> tuple[Any, dict[str, Any]]:
     """The timm model and the arguments it took.
 
     `img_size` is left out for networks of any size; any other argument that is not taken is a `ValueError`."""
@@ -763,7 +769,7 @@ def _check_drop(model: nn.Module, args: Mapping[str, Any], name: str) -> None:
                         for m in model.modules()):
         raise ValueError(f"{name!r} has no stochastic depth, so drop_path_rate={rate} cannot be honoured. Leave it at 0.")
 
-def _finish_timm(model: nn.Module, architecture: str, args: Mapping[str, Any], cfg: _Config, ref: _Reference,
+def _finish_timm(model: Any, architecture: str, args: Mapping[str, Any], cfg: _Config, ref: _Reference,
                  commit: str | None = None) -> _Built:
     "A timm model with its data config and recipe."
     _check_drop(model, args, cfg.model_name)
@@ -804,14 +810,21 @@ def _build_timm_name(ref: _Reference, cfg: _Config) -> _Built:
     model, args = _load_timm(name, args, files, repr(repo_id), cfg)
     return _finish_timm(model, architecture, args, cfg, ref, files.commit)
 
+def _read_pickle(path: Path, where: str) -> Any:
+    "Tensors from a pickle that holds nothing else. Raises `HubCorruptError` if it holds more or is broken."
+    try: return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
+        raise HubCorruptError(f"The weights of {where} ({path.name}) are broken, or hold more than tensors, which is not "
+                              f"loaded: {str(e).splitlines()[0]}") from e
+
 def _load_timm(architecture: str, args: Mapping[str, Any], files: _Files, where: str, cfg: _Config,
-               **how: Any) -> tuple[nn.Module, dict[str, Any]]:
+               **how: Any) -> tuple[Any, dict[str, Any]]:
     "A timm model with the weights of a folder, and the arguments it took."
     path = files.folder / _weight_file([o.name for o in files.folder.iterdir()], where, cfg.weights_format)
     _check_weights(path, where)
     overlay: dict[str, Any] = dict(source="", file=str(path))
     if path.suffix != ".safetensors":
-        overlay = dict(source="", file="", state_dict=torch.load(path, map_location="cpu", weights_only=True))
+        overlay = dict(source="", file="", state_dict=_read_pickle(path, where))
     try: return _create_timm(architecture, args, pretrained=True, pretrained_cfg_overlay=overlay, **how)
     except (RuntimeError, KeyError) as e:
         reason = " ".join(str(e).split())[:300]
@@ -861,8 +874,8 @@ def _adjust_config(config: Any, cfg: _Config, fresh: bool) -> tuple[Any, str | N
     pooling, size = extra.pop("pooling", None), _check_size(extra.pop("img_size", None))
     if pooling not in (None, "cls", "mean", "pooler"):
         raise ValueError(f"pooling must be 'cls', 'mean' or 'pooler', got {pooling!r}.")
-    if getattr(cfg, "num_classes", 0):
-        raise ValueError(f"num_classes={cfg.num_classes} builds timm's own classifier; a transformers backbone has none. "
+    if classes := getattr(cfg, "num_classes", 0):
+        raise ValueError(f"num_classes={classes} builds timm's own classifier; a transformers backbone has none. "
                          "Leave it at 0 and put a head on the backbone.")
     rates = dict(drop_rate=("hidden_dropout_prob", "dropout", "dropout_rate", "classifier_dropout_prob"),
                  drop_path_rate=("drop_path_rate", "drop_connect_rate"))
@@ -882,7 +895,7 @@ def _adjust_config(config: Any, cfg: _Config, fresh: bool) -> tuple[Any, str | N
     if getattr(config, "mask_ratio", 0): config.mask_ratio = 0.0
     return config, pooling, size
 
-def _without_random_parts(model: nn.Module) -> nn.Module:
+def _without_random_parts(model: Any) -> Any:
     "The vision tower of a model, without a pooler that only pretraining on text would train; the caller's is untouched."
     if "For" in type(model).__name__ and isinstance(getattr(model, "base_model", None), nn.Module):
         model = model.base_model
@@ -894,12 +907,12 @@ def _without_random_parts(model: nn.Module) -> nn.Module:
         model._modules = submodules
     return model
 
-def _finish_transformers(model: nn.Module, data: dict[str, Any], pooling: str | None, cfg: _Config, name: str,
+def _finish_transformers(model: Any, data: dict[str, Any], pooling: str | None, cfg: _Config, name: str,
                          source: ModelSource, commit: str | None = None) -> _Built:
     "A transformers model with its data config and recipe."
     model = _without_random_parts(model).train()
     library = _TransformersLibrary(model, pooling)
-    _try(model, lambda x: library.learn(model, library.run(model, x), tuple(x.shape[-2:])), data["input_size"], name)
+    _learn(model, library, data, name)
     config: Any = model.config
     values = json.loads(config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "transformers_version"): values.pop(key, None)
@@ -907,6 +920,10 @@ def _finish_transformers(model: nn.Module, data: dict[str, Any], pooling: str | 
                   pooling=library.pooling)
     if not type(model).__module__.startswith("transformers."): recipe = {"class": _class_path(model), "own": True}
     return _Built(model, library, name, source, data, recipe, commit, tuple(getattr(cfg, "out_indices", _DEFAULT_INDICES)))
+
+def _learn(model: nn.Module, library: _TransformersLibrary, data: Mapping[str, Any], name: str) -> None:
+    "Let a library learn pooling and prefix from a dry run."
+    _try(model, lambda x: library.learn(model, library.run(model, x), (x.shape[-2], x.shape[-1])), data["input_size"], name)
 
 def _class_path(obj: Any) -> str: return f"{type(obj).__module__}.{type(obj).__qualname__}"
 
@@ -956,7 +973,7 @@ def _build_local(ref: _Reference, cfg: _Config) -> _Built:
 
 def _build_folder(files: _Files, ref: _Reference, cfg: _Config, where: str) -> _Built:
     "Let config.json decide which library reads a folder."
-    config = _read_json(files.folder / "config.json")
+    config = _read_json(files.folder / "config.json", where)
     kind = config.get("model_type")
     if "architecture" in config and kind in (None, "timm_wrapper"): return _build_timm_folder(config, files, ref, cfg, where)
     if kind is not None: return _build_transformers_folder(str(kind), files, ref, cfg, where)
@@ -1068,16 +1085,20 @@ def _from_recipe(spec: Mapping[str, Any]) -> _Built:
     library: Any
     if kind == "timm":
         args = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["args"].items()}
-        model, library = timm.create_model(spec["architecture"], pretrained_cfg=dict(spec["pretrained_cfg"]), **args), _TimmLibrary()
+        model, _ = _create_timm(spec["architecture"], args, pretrained_cfg=dict(spec["pretrained_cfg"]))
+        library = _TimmLibrary()
         recipe = {k: spec[k] for k in ("architecture", "args", "pretrained_cfg")}
     else:
         transformers = _transformers(f"Backbone {spec['name']!r}")
-        config_class, model_class = (getattr(transformers, str(spec[k]), None) for k in ("config_class", "model_class"))
-        if not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel) and config_class):
+        config_class: Any = getattr(transformers, str(spec["config_class"]), None)
+        model_class: Any = getattr(transformers, str(spec["model_class"]), None)
+        is_model = inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)
+        if not is_model or config_class is None:
             raise ValueError(f"{spec['model_class']!r} is no model class of transformers {transformers.__version__}.")
-        model = _without_random_parts(model_class(config_class.from_dict(dict(spec["config"])))).train()
+        build: Any = model_class
+        model = _without_random_parts(build(config_class.from_dict(dict(spec["config"])))).train()
         library = _TransformersLibrary(model, spec["pooling"])
-        _try(model, lambda x: library.learn(model, library.run(model, x), tuple(x.shape[-2:])), data["input_size"], spec["name"])
+        _learn(model, library, data, spec["name"])
         recipe = {k: spec[k] for k in ("model_class", "config_class", "config", "pooling")}
     return _Built(model, library, spec["name"], ModelSource(spec["source"]), data, recipe, spec.get("commit"),
                   tuple(spec["out_indices"]))

@@ -153,7 +153,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(monitor=monitor, mode=mode, save_top_k=1, auto_insert_metric_name=False,
                          filename=f"best-epoch={{epoch:02d}}-{name}={{{monitor}:.4g}}", enable_version_counter=False)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         "Take the folder of the trainer's run; another ModelCheckpoint, set by the model, goes first."
         folder = getattr(trainer, "run_folder", None)
         if folder is None: super().setup(trainer, pl_module, stage)
@@ -177,14 +177,14 @@ class LastCheckpoint(Checkpoint):
 # %% ../nbs/19_checkpoints.ipynb #5659e22a
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
-def _states_of_checkpoints(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> Iterator[tuple[ModelCheckpoint, dict[str, Any]]]:
+def _states_of_checkpoints(trainer: Any, checkpoint: dict[str, Any]) -> Iterator[tuple[ModelCheckpoint, dict[str, Any]]]:
     "Every ModelCheckpoint of a trainer that has a state in a checkpoint, with that state."
     for callback in trainer.callbacks:
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
         if isinstance(callback, ModelCheckpoint) and state: yield callback, state
 
 def hide_folders(
-    trainer: pl.Trainer,                      # its callbacks are looked at
+    trainer: Any,                             # a Trainer; its callbacks are looked at
     checkpoint: dict[str, Any],               # changed in place
 ) -> None:
     "Make the paths that a ModelCheckpoint stores in a checkpoint relative to its folder."
@@ -198,7 +198,7 @@ def hide_folders(
         state["best_k_models"] = {hide(path): score for path, score in state["best_k_models"].items()}
 
 def find_folders(
-    trainer: pl.Trainer,                      # its callbacks' folders are used
+    trainer: Any,                             # a Trainer; its callbacks' folders are used
     checkpoint: dict[str, Any],               # changed in place
     path: str | os.PathLike | None,           # where `checkpoint` was read from
 ) -> None:

@@ -147,7 +147,8 @@ def build_metric(
     try: metric: Any = cls(**params)
     except (TypeError, ValueError) as e:
         raise ValueError(f"Metric {config.name!r} cannot be built as {config.metric_class} with {params}: {e}") from e
-    if not isinstance(metric, nn.Module) or not all(hasattr(metric, k) for k in ("update", "compute", "reset")):
+    fits = isinstance(metric, nn.Module) and all(hasattr(metric, k) for k in ("update", "compute", "reset"))
+    if not fits:
         raise ValueError(f"Metric {config.name!r}: {config.metric_class} is no torchmetrics.Metric (a module with update, compute "
                          "and reset).")
     if "validate_args" not in config.params and hasattr(metric, "validate_args"): metric.validate_args = False

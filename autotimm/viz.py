@@ -116,7 +116,7 @@ def show_predictions(
 def _series(history: Any) -> dict[str, list[tuple[float, float]]]:
     "name -> [(epoch, value)], from a list of dicts (one an epoch) or a dict of lists."
     if isinstance(history, Mapping):
-        return {k: [o if isinstance(o, (tuple, list)) else (i, o) for i, o in enumerate(v)] for k, v in history.items()}
+        return {k: [(o[0], o[1]) if isinstance(o, (tuple, list)) else (i, o) for i, o in enumerate(v)] for k, v in history.items()}
     series: dict[str, list[tuple[float, float]]] = {}
     for i, row in enumerate(history):
         for name, value in row.items():
@@ -131,6 +131,7 @@ def plot_curves(
     height: float = 2.4,                           # inches a panel
 ) -> "Figure":                                     # one panel a quantity, one line a stage
     "Training curves: one panel a quantity, one line a stage."
+    from matplotlib.ticker import MaxNLocator
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for name, points in _series(history).items():
         stage, _, quantity = name.rpartition("/")
@@ -145,7 +146,7 @@ def plot_curves(
         for stage, points in lines.items():
             axes.plot([x for x, _ in points], [y for _, y in points], label=plain_text(stage), marker="o", markersize=3)
         axes.set(title=plain_text(quantity), xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8)
     return figure
 

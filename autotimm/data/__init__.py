@@ -4,16 +4,15 @@ from typing import TYPE_CHECKING
 from autotimm.core import lazy_names
 
 _WHERE = {
-    "datamodule": "CSVImageDataset ImageDataModule MultiLabelImageDataModule MultiLabelImageDataset",
-    "readers": "BadImageError",
+    "datamodule": "ImageDataModule MultiLabelImageDataModule",
+    "readers": "BadImageError CSVImageDataset MultiLabelImageDataset",
     "transforms": "TransformConfig create_inference_transform get_transforms_from_backbone list_transform_presets "
                   "resolve_backbone_data_config",
 }
 
 if TYPE_CHECKING:
-    from autotimm.data.datamodule import (CSVImageDataset, ImageDataModule, MultiLabelImageDataModule,
-                                          MultiLabelImageDataset)
-    from autotimm.data.readers import BadImageError
+    from autotimm.data.datamodule import ImageDataModule, MultiLabelImageDataModule
+    from autotimm.data.readers import BadImageError, CSVImageDataset, MultiLabelImageDataset
     from autotimm.data.transforms import (TransformConfig, create_inference_transform, get_transforms_from_backbone,
                                           list_transform_presets, resolve_backbone_data_config)
 

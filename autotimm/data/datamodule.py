@@ -8,19 +8,19 @@ __all__ = ['C', 'collate_samples', 'ImageLoader', 'inherit_signature', 'default_
 
 # %% ../../nbs/12_data_datamodule.ipynb #61d74a32
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 import os
-from pathlib import Path
 import random
-from typing import TYPE_CHECKING, Any, TypeVar
 import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_info
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, WeightedRandomSampler, default_collate
 
@@ -343,7 +343,7 @@ class VisionDataModule(pl.LightningDataModule):
         there = {n: d for n in ("train", "val", "test") if (d := getattr(self, f"{n}_dataset")) is not None}
         dataset = lookup(there, split, "Split")
         order = random.Random(self.seed).sample(range(len(dataset)), len(dataset))
-        items = []
+        items: list[tuple[Tensor, Any]] = []
         for i in order:
             if len(items) == max_images: break
             item = dataset[i]
@@ -411,7 +411,7 @@ class ImageDataModule(VisionDataModule):
         if self.hf_dataset is not None: return encode_labels(read_hf_dataset(self.hf_dataset, self.image_column, self.label_column))
         if self.train_csv is not None:
             tables = {"train": self.train_csv, "val": self.val_csv, "test": self.test_csv}
-            read = {k: read_csv_split(t, self.image_dir, self.image_column, self.label_column, self.data_dir)
+            read: dict[str, Any] = {k: read_csv_split(t, self.image_dir, self.image_column, self.label_column, self.data_dir)
                     for k, t in tables.items() if t is not None}
             return encode_labels(Splits(**read))
         if self.dataset_name is not None: return encode_labels(read_builtin(self.dataset_name, self.data_dir))
@@ -432,7 +432,7 @@ class MultiLabelImageDataModule(VisionDataModule):
     def __init__(
         self,
         train_csv: Any,                                      # path of a CSV file, or a data frame
-        image_dir: str | Path | None = None,                 # where the paths in it start; None: where the first is found
+        image_dir: str | Path = ".",                         # where the paths in it start; '.': or at the table's folder
         val_csv: Any = None,                                 # the same as train_csv; None: split off
         test_csv: Any = None,                                # the same
         label_columns: list[str] | None = None,              # None: all but the image's
@@ -447,9 +447,10 @@ class MultiLabelImageDataModule(VisionDataModule):
     def read_splits(self) -> Splits:
         "The samples of the tables; the labels are those of the training table."
         splits = Splits()
+        root = None if str(self.image_dir) == "." else self.image_dir
         for split, table in (("train", self.train_csv), ("val", self.val_csv), ("test", self.test_csv)):
             if table is None: continue
-            samples, names = read_multilabel_split(table, self.image_dir, self.label_columns, self.image_column, splits.class_names)
+            samples, names = read_multilabel_split(table, root, self.label_columns, self.image_column, splits.class_names)
             setattr(splits, split, samples)
             splits.class_names = names
         return splits

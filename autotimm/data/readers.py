@@ -161,11 +161,11 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 def list_images(
-    folder: str | os.PathLike,      # searched with all folders in it
+    folder: str | os.PathLike[str], # searched with all folders in it
 ) -> tuple[list[Path], int]:        # sorted paths, and how many other files there are
     "The images in a folder, and the number of files that are none."
     images, others = [], 0
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(os.fspath(folder), followlinks=True):
         folders[:] = sorted(o for o in folders if not o.startswith("."))
         for name in sorted(o for o in names if not o.startswith(".")):
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES: images.append(Path(parent, name))
@@ -431,7 +431,7 @@ def _read_hf_split(dataset: Any, image: str, label: str, split: str) -> tuple[li
     "Samples and class names of one split."
     if len(dataset) == 0: raise ValueError(f"The {split} split of the data set is empty.")
     names = getattr(dataset.features[label], "names", None)
-    raw = dataset.with_format(None)[label] if not hasattr(dataset, "with_format") else list(dataset.with_format(None)[label])
+    raw = list(dataset.with_format(None)[label])
     if names is not None and any(o is None or o < 0 for o in raw): raise ValueError(f"The {split} split has images without a label in column {label!r}.")
     labels = [str(names[o]) for o in raw] if names is not None else [label_text(o) for o in raw]
     if type(dataset.features[image]).__name__ == "Image":
@@ -552,7 +552,7 @@ class SampleDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         try: image = self.load(index)
         except BadImageError as e:
-            name, _, cause = str(e).rpartition(": ") if False else (self.samples[index].name, "", str(e.__cause__))
+            name, cause = self.samples[index].name, str(e.__cause__)
             if self.bad_images.on_bad_image == "raise":
                 raise BadImageError(f"Image {name!r} of the {self.split} data cannot be read: {cause}. Repair or remove it, or pass "
                                     'on_bad_image="skip" or "report".') from e

@@ -202,7 +202,7 @@ class TrainableModule(StoredModule):
         optimizer = create_optimizer(hp["optimizer"], groups, lr=self.lr, weight_decay=hp["weight_decay"],
                                      allow=self._allow, **(hp["optimizer_kwargs"] or {}))
         if hp["scheduler"] is None: return {"optimizer": optimizer}
-        scheduler = create_scheduler(hp["scheduler"], optimizer, **training_length(self.trainer), allow=self._allow,
+        scheduler: Any = create_scheduler(hp["scheduler"], optimizer, **training_length(self.trainer), allow=self._allow,
                                      **(hp["scheduler_kwargs"] or {}))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -353,6 +353,7 @@ class VisionTask(TrainableModule):
             raise ValueError(f"The model has num_classes={self.num_classes}, the data has {count}"
                              f"{': ' + ', '.join(map(str, names[:10])) if names else ''}. Build the model with num_classes={count}.")
         if names is not None and len(names) == self.num_classes: self.hparams["class_names"] = [str(o) for o in names]
+        self.metrics.class_names = list(self.class_names or [])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         "The loss of a training batch."
@@ -373,9 +374,8 @@ class VisionTask(TrainableModule):
         for name, value in step.losses.items():
             self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, batch_size=step.size, sync_dist=True,
                      prog_bar=bar and (name == "loss" or self.logging_config.verbosity > 1))
-        if any(c.log_on_step and stage in c.stages for c in self.metrics.configs):
-            self.log_dict(self.metrics.on_step(stage, step.scores, step.target, step.logits), on_step=True, on_epoch=False)
-        else: self.metrics.update(stage, step.scores, step.target, step.logits)
+        of_step = self.metrics.update(stage, step.scores, step.target, step.logits)
+        if of_step: self.log_dict(of_step, on_step=True, on_epoch=False, batch_size=step.size)
         return step
 
     def _log_metrics(self, stage: str) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['T', 'ModelSource', 'BackboneConfig', 'FeatureBackboneConfig', 'get_model_source', 'HubError', 'HubNotFoundError',
            'HubAccessError', 'HubHiddenError', 'HubOfflineError', 'HubCorruptError', 'Backbone', 'FeatureBackbone',
            'create_backbone', 'create_feature_backbone', 'get_feature_info', 'get_feature_channels',
-           'get_feature_strides']
+           'get_feature_strides', 'list_backbones', 'list_hf_hub_backbones']
 
 # %% ../nbs/02_backbones.ipynb #72857f4e
 import contextlib
@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -68,6 +69,14 @@ class FeatureBackboneConfig:
 _Config = BackboneConfig | FeatureBackboneConfig
 _DEFAULT_INDICES = (1, 2, 3, 4)
 
+def _check_size(size: Any) -> tuple[int, int] | None:
+    "An image size as (height, width). Raises `ValueError` if it is none."
+    if size is None: return None
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or any(isinstance(o, bool) or not isinstance(o, int) or o < 1 for o in pair):
+        raise ValueError(f"image_size must be a positive int or (height, width), got {size!r}.")
+    return int(pair[0]), int(pair[1])
+
 def _check_config(cfg: _Config) -> None:
     "Raise `ValueError` or `TypeError` for a field that cannot be right."
     for name in ("drop_rate", "drop_path_rate"):
@@ -78,6 +87,7 @@ def _check_config(cfg: _Config) -> None:
         raise ValueError(f"weights_format must be 'safetensors' or 'bin', got {cfg.weights_format!r}.")
     if not isinstance(cfg.extra_kwargs, Mapping):
         raise TypeError(f"extra_kwargs must be a dict, got {type(cfg.extra_kwargs).__name__}: {cfg.extra_kwargs!r}.")
+    _check_size(cfg.extra_kwargs.get("img_size"))
     classes = getattr(cfg, "num_classes", 0)
     if not isinstance(classes, int) or classes < 0: raise ValueError(f"num_classes must be 0 or more, got {classes!r}.")
 
@@ -153,6 +163,37 @@ _TOKEN_HINT = ("Log in with `hf auth login` or set HF_TOKEN to a token that may 
 _OFFLINE_HINT = ("Check the network or HF_ENDPOINT; load it once while online, then HF_HUB_OFFLINE=1 uses the cache "
                  "without asking; or give a folder, or pretrained=False with a name from list_backbones().")
 
+T = TypeVar("T")
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    "`call()`, or `TimeoutError` after `seconds`, however long names and sockets take."
+    box: list[Any] = []
+    def run() -> None:
+        try: box.append((True, call()))
+        except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as e: box.append((False, e))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not box: raise TimeoutError(f"no answer in {seconds:.0f} s")
+    good, value = box[0]
+    if not good: raise value
+    return value
+
+def _list_repos(**query: Any) -> list[str]:
+    "Ids of models on the Hub. The first request is made without the client's long retries, to fail soon."
+    probe = get_session().get(f"{constants.ENDPOINT}/api/models", params=dict(limit=1), headers=build_hf_headers(), timeout=8)
+    hf_raise_for_status(probe)
+    return [o.id for o in HfApi().list_models(**query)]
+
+def _repo_hint(repo_id: str) -> str:
+    "Near matches among the repositories that timm knows and those of the same owner, as a sentence."
+    known = {cfg.hf_hub_id for name in timm.list_models(pretrained=True) if (cfg := timm.get_pretrained_cfg(name))}
+    owner = repo_id.partition("/")[0]
+    try: known |= set(_within(5, lambda: _list_repos(author=owner, limit=200)))
+    except (_HTTP_ERROR, OSError, ValueError): known |= set()  # the hint is a courtesy: no second error about it
+    close = near_matches(repo_id, [o for o in known if o])
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
 def _hub_error(e: Exception, repo_id: str, revision: str | None = None) -> HubError:
     "The client's error as one of ours."
     what = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
@@ -176,36 +217,14 @@ def _hub_error(e: Exception, repo_id: str, revision: str | None = None) -> HubEr
                               f"{_TOKEN_HINT}")
     if status is not None: return HubError(f"{what} cannot be loaded: the Hub answered {status}. Try again later.")
     reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-    return HubOfflineError(f"{what} cannot be fetched: the Hub at {constants.ENDPOINT} does not answer ({reason}). "
-                           f"{_OFFLINE_HINT}")
-
-def _repo_hint(repo_id: str) -> str:
-    "Near matches among the repositories that timm knows, as a sentence."
-    known = {cfg.hf_hub_id for name in timm.list_models(pretrained=True) if (cfg := timm.get_pretrained_cfg(name))}
-    close = near_matches(repo_id, [o for o in known if o])
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return HubOfflineError(f"{what} cannot be fetched from {constants.ENDPOINT} ({reason}). {_OFFLINE_HINT}")
 
 # %% ../nbs/02_backbones.ipynb #e49125c3
-T = TypeVar("T")
 _FIRST_ANSWER_SECONDS = 10.0
 _SMALL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pth", "pytorch_model.pth",
                     "open_clip_pytorch_model.bin")
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    "`call()`, or `TimeoutError` after `seconds`, however long names and sockets take."
-    box: list[Any] = []
-    def run() -> None:
-        try: box.append((True, call()))
-        except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as e: box.append((False, e))
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not box: raise TimeoutError(f"no answer in {seconds:.0f} s")
-    good, value = box[0]
-    if not good: raise value
-    return value
 
 @dataclass(frozen=True)
 class _Files:
@@ -258,7 +277,8 @@ def _fetch(repo_id: str, revision: str | None, weights_format: str | None) -> _F
         info = _within(_FIRST_ANSWER_SECONDS, lambda: HfApi().model_info(repo_id, revision=revision, timeout=8))
     except (_HTTP_ERROR, OSError, ValueError) as e:
         ours = _hub_error(e, repo_id, revision)
-        if not isinstance(ours, HubOfflineError) or _cached(repo_id, revision) is None: raise ours from e
+        is_down = type(ours) in (HubOfflineError, HubError)
+        if not is_down or _cached(repo_id, revision) is None: raise ours from e
         files = _from_cache(repo_id, revision, weights_format, "the Hub does not answer")
         warnings.warn(f"The Hub does not answer: {repo_id!r} is taken from the cache, commit {files.commit}.", stacklevel=2)
         return files
@@ -326,6 +346,7 @@ def _used(outputs: Sequence[Tensor]) -> set[int]:
         stack += [n for n, _ in node.next_functions if n is not None]
     return used
 
+@torch.inference_mode(False)
 def _try(model: nn.Module, call: Callable[[Tensor], Any], size: tuple[int, int, int], name: str, batch: int = 1) -> Any:
     "`call` on a batch of zeros. Raises `ValueError` if the model cannot run on that size."
     first = next(model.parameters(), torch.zeros(()))
@@ -334,7 +355,7 @@ def _try(model: nn.Module, call: Callable[[Tensor], Any], size: tuple[int, int, 
     # The graph is wanted, what backward would need is not: nothing is kept.
     keep_nothing = torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t)
     try:
-        with _as_found(model), torch.inference_mode(False), torch.enable_grad(), keep_nothing: return call(x)
+        with _as_found(model), torch.enable_grad(), keep_nothing: return call(x)
     except NotImplementedError: raise
     except _MODEL_ERRORS as e:
         raise ValueError(f"Backbone {name!r} cannot run on an image of {size[0]} channels, {size[1]} by {size[2]} pixels: "
@@ -476,8 +497,10 @@ class _TransformersLibrary:
 
     def set_grad_checkpointing(self, model: Any, enable: bool) -> None:
         if not getattr(model, "supports_gradient_checkpointing", False): raise NotImplementedError
-        switch: Any = model.gradient_checkpointing_enable if enable else model.gradient_checkpointing_disable
-        switch()
+        switch = "enable" if enable else "disable"
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # the second is the older name
+            if hasattr(model, f"{name}_{switch}"): return getattr(model, f"{name}_{switch}")()
+        raise NotImplementedError
 
 _LAYER = re.compile(r"(.*?\.)?(layers?|stages|blocks?)\.\d+(\.(layers?|blocks?)\.\d+)?(?=\.)")
 _NO_DECAY = re.compile(r"(cls_token|mask_token|distillation_token|register_tokens|position_embeddings?|pos_embed|"
@@ -657,6 +680,10 @@ class Backbone(_Base):
             raise ValueError(f"Backbone {self.name!r} must give pooled features of shape (batch, channels), got {shape} "
                              f"for a batch of {batch}.")
         self.num_features = int(out.shape[1])
+        stated = getattr(self.model, "num_features", None)
+        if self.library == "module" and stated != self.num_features:
+            raise ValueError(f"{self.name} says num_features={stated!r} and gives {self.num_features}. Set it to what "
+                             "forward returns.")
         self._freeze_unused([out])
 
     def forward(
@@ -722,20 +749,12 @@ def _data_config(known: Mapping[str, Any], in_chans: int | None = None, size: tu
                 std=_channels_of(known["std"], channels), interpolation=str(known["interpolation"]),
                 crop_pct=float(known["crop_pct"]))
 
-def _check_size(size: Any) -> tuple[int, int] | None:
-    "An image size as (height, width). Raises `ValueError` if it is none."
-    if size is None: return None
-    pair = size if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or any(isinstance(o, bool) or not isinstance(o, int) or o < 1 for o in pair):
-        raise ValueError(f"image_size must be a positive int or (height, width), got {size!r}.")
-    return int(pair[0]), int(pair[1])
-
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_names",
                 "label_descriptions", "description", "notes", "origin_url", "paper_name", "paper_ids", "license")
 
 def _refused(e: TypeError) -> str | None:
     "The keyword that a constructor did not take, from Python's own message."
-    found = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+    found = re.search(r"unexpected keyword argument(?:\(s\):)? \[?'(\w+)'", str(e))
     return found.group(1) if found else None
 
 def _create_timm(architecture: str, args: Mapping[str, Any], **how: Any) -> tuple[Any, dict[str, Any]]:
@@ -814,8 +833,8 @@ def _read_pickle(path: Path, where: str) -> Any:
     "Tensors from a pickle that holds nothing else. Raises `HubCorruptError` if it holds more or is broken."
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-        raise HubCorruptError(f"The weights of {where} ({path.name}) are broken, or hold more than tensors, which is not "
-                              f"loaded: {str(e).splitlines()[0]}") from e
+        raise HubCorruptError(f"The weights of {where} ({path.name}) are broken, or hold more than tensors, and such a "
+                              "pickle is not loaded. Ask for safetensors weights.") from e
 
 def _load_timm(architecture: str, args: Mapping[str, Any], files: _Files, where: str, cfg: _Config,
                **how: Any) -> tuple[Any, dict[str, Any]]:
@@ -828,7 +847,7 @@ def _load_timm(architecture: str, args: Mapping[str, Any], files: _Files, where:
     try: return _create_timm(architecture, args, pretrained=True, pretrained_cfg_overlay=overlay, **how)
     except (RuntimeError, KeyError) as e:
         reason = " ".join(str(e).split())[:300]
-        raise HubCorruptError(f"The weights of {where} do not fit {architecture!r}: {reason}") from e
+        raise HubCorruptError(f"The weights of {where} do not fit its architecture: {reason}") from e
 
 # %% ../nbs/02_backbones.ipynb #14048b49
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -1065,14 +1084,16 @@ def _build_module(module: nn.Module, cfg: _Config) -> _Built:
                          f"got {width!r}.")
     if unknown := set(cfg.extra_kwargs) - {"img_size", "in_chans"} or cfg.drop_rate or cfg.drop_path_rate:
         raise ValueError(f"{name} is built already, so {unknown!r} cannot be set. Build it as you want it.")
-    known = dict(_IMAGENET)
-    stated = getattr(module, "data_config", None)
+    known, stated = dict(_IMAGENET), getattr(module, "data_config", None)
     if isinstance(stated, Mapping): known.update(stated)
     elif isinstance(getattr(module, "pretrained_cfg", None), Mapping): known.update(timm.data.resolve_model_data_config(module))
+    else: warnings.warn(f"{name} has no data_config (a dict of {', '.join(_IMAGENET)}), so ImageNet's mean, std and size are "
+                        "used for it.", stacklevel=4)
     data = _data_config(known, cfg.extra_kwargs.get("in_chans"), _check_size(cfg.extra_kwargs.get("img_size")))
     return _Built(module, _ModuleLibrary(), name, ModelSource.LOCAL, data, {"class": _class_path(module)}, None,
                   tuple(getattr(cfg, "out_indices", _DEFAULT_INDICES)))
 
+@torch.inference_mode(False)
 def _from_recipe(spec: Mapping[str, Any]) -> _Built:
     "The network of a spec with random weights. Raises `ValueError` for one's own module."
     kind = spec.get("kind")
@@ -1112,6 +1133,7 @@ def _with_overrides(cfg: _Config, overrides: Mapping[str, Any]) -> _Config:
     if "image_size" in extra: extra["img_size"] = extra.pop("image_size")
     return dataclasses.replace(cfg, **{**{k: v for k, v in given.items() if k in fields}, "extra_kwargs": extra})
 
+@torch.inference_mode(False)
 def _build(what: Any, overrides: Mapping[str, Any], config_class: type) -> _Built:
     "A network from anything that stands for one."
     if isinstance(what, (BackboneConfig, FeatureBackboneConfig)): cfg = _with_overrides(what, overrides)
@@ -1127,11 +1149,18 @@ def _build(what: Any, overrides: Mapping[str, Any], config_class: type) -> _Buil
     raise TypeError(f"backbone must be a name, BackboneConfig, transformers config or model, or nn.Module, got "
                     f"{type(what).__name__}: {what!r}.")
 
+def _refuse_overrides(what: Any, overrides: Mapping[str, Any]) -> None:
+    "Raise `ValueError` if something is stated beside a backbone or spec that is settled already."
+    if stated := {k: v for k, v in overrides.items() if v is not None}:
+        name = what.name if isinstance(what, _Base) else what.get("name")
+        raise ValueError(f"Backbone {name!r} is settled already, so {stated} cannot be set. State it when it is first built.")
+
 def create_backbone(
     cfg: Any,                   # timm name, Hub id, folder, config, transformers config or model, nn.Module, or a spec
     **overrides: Any,           # any field of `BackboneConfig`, `image_size`, `in_chans`, or for the library's constructor
 ) -> Backbone:                  # with pooled output
     "A `Backbone` from anything that stands for one. A name means pretrained weights."
+    if isinstance(cfg, (Backbone, Mapping)): _refuse_overrides(cfg, overrides)
     if isinstance(cfg, Backbone): return cfg
     if isinstance(cfg, Mapping): return Backbone.from_spec(cfg)
     return Backbone(_build(cfg, overrides, BackboneConfig))
@@ -1141,14 +1170,17 @@ def create_feature_backbone(
     **overrides: Any,           # any field of `FeatureBackboneConfig`, `image_size`, `in_chans`, or for the constructor
 ) -> FeatureBackbone:           # its forward gives a list of maps
     "A backbone that returns feature maps. A name means pretrained weights and the four deepest levels."
+    if isinstance(cfg, (FeatureBackbone, Mapping)): _refuse_overrides(cfg, overrides)
     if isinstance(cfg, FeatureBackbone): return cfg
     if isinstance(cfg, Mapping): return FeatureBackbone.from_spec(cfg)
     return FeatureBackbone(_build(cfg, overrides, FeatureBackboneConfig))
 
+# %% ../nbs/02_backbones.ipynb #102f5b5f
 def get_feature_info(
     backbone: nn.Module,        # with `feature_info`
 ) -> list[dict[str, Any]]:      # `num_chs`, `reduction` and `module` of each returned level
     "What is known of each returned map. Raises `AttributeError` without `feature_info`."
+    if isinstance(backbone, _Base): backbone._find_levels()  # says why there are none; a property could not
     info = getattr(backbone, "feature_info", None)
     if info is None:
         raise AttributeError(f"{type(backbone).__name__} has no feature_info. Use create_feature_backbone(...).")
@@ -1166,3 +1198,34 @@ def get_feature_strides(
 ) -> list[int]:                 # input pixels per step of the map
     "Stride of each returned map."
     return [o["reduction"] for o in get_feature_info(backbone)]
+
+# %% ../nbs/02_backbones.ipynb #86b44aa5
+def list_backbones(
+    pattern: str = "",              # glob, e.g. 'resnet*'; '' for all
+    pretrained_only: bool = False,  # only names with weights, their tag included
+    with_source: bool = False,      # pairs of name and source
+) -> list[str] | list[tuple[str, ModelSource]]:  # sorted names, or pairs
+    "The timm names that match a pattern; needs no network."
+    if not isinstance(pattern, str): raise TypeError(f"pattern must be a str such as 'resnet*', got {pattern!r}.")
+    names = list(timm.list_models(pattern, pretrained=pretrained_only))
+    return [(o, ModelSource.TIMM) for o in names] if with_source else names
+
+def list_hf_hub_backbones(
+    author: str = "timm",           # owner of the repositories
+    model_name: str | None = None,  # text that the name contains
+    limit: int = 50,                # how many at most
+    with_source: bool = False,      # pairs of name and source
+) -> list[str] | list[tuple[str, ModelSource]]:  # 'hf-hub:owner/name', the most downloaded first, or pairs
+    "timm models on the Hub. Raises `HubError`, a `RuntimeError`, when the Hub cannot be asked."
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"limit must be a positive int, got {limit!r}.")
+    if constants.HF_HUB_OFFLINE:
+        raise HubOfflineError("HF_HUB_OFFLINE=1 forbids asking the Hub. Unset it, or use list_backbones(), which needs "
+                              "no network.")
+    query = dict(author=author, search=model_name, filter="timm", sort="downloads", limit=limit)
+    try: names = [f"hf-hub:{o}" for o in _within(_FIRST_ANSWER_SECONDS, lambda: _list_repos(**query))]
+    except (_HTTP_ERROR, OSError, ValueError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise HubOfflineError(f"The Hub at {constants.ENDPOINT} could not list the models of {author!r} ({reason}). "
+                              "list_backbones() needs no network.") from e
+    return [(o, ModelSource.HF_HUB) for o in names] if with_source else names

@@ -171,7 +171,7 @@ class LastCheckpoint(Checkpoint):
         folder: Path,                         # folder of its run
     ) -> None:
         "Write `last.ckpt` to the folder of the run."
-        trainer.save_checkpoint(folder / LAST_NAME)
+        trainer.save_checkpoint(folder / LAST_NAME, weights_only=False)
         self.best_model_path = str(folder / LAST_NAME)
 
 # %% ../nbs/19_checkpoints.ipynb #5659e22a

@@ -17,10 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from torch import nn
+from typing import Any, TypeVar
 
 # %% ../nbs/00_core.ipynb #313a21bf
 T = TypeVar("T")
@@ -177,7 +174,7 @@ def seed_everything(
     return seed
 
 def count_parameters(
-    model: "nn.Module",             # any module
+    model: Any,                     # a torch module
     trainable_only: bool = True,    # leave out frozen parameters
 ) -> int:                           # number of scalars
     "Number of parameters of a module; one shared by two layers counts once."

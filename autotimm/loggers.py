@@ -10,12 +10,11 @@ __all__ = ['BACKENDS', 'RUN_ATTRIBUTES', 'Backend', 'LoggerConfig', 'mlflow_para
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
 
 from .core import lookup, require
-
-if TYPE_CHECKING:
-    from pytorch_lightning.loggers import Logger
 
 # %% ../nbs/08_loggers.ipynb #727500c4
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class LoggerConfig:
         if not isinstance(self.backend, str) or not self.backend.strip():
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
         self.backend = self.backend.strip().lower()
-        lookup(BACKENDS, self.backend, "Logger")
+        lookup(BACKENDS, self.backend, Logger)
         if not isinstance(self.params, dict):
             raise TypeError(f"params must be a dict of arguments, got {type(self.params).__name__}: {self.params!r}.")
 
@@ -69,7 +68,7 @@ def wandb_params(
 
 def create_logger(
     config: LoggerConfig,         # name and arguments
-) -> "Logger":                    # Lightning's logger
+) -> Logger:                    # Lightning's logger
     "The Lightning logger that a `LoggerConfig` names."
     from pytorch_lightning import loggers
     backend = BACKENDS[config.backend]
@@ -113,7 +112,7 @@ class LoggerManager:
     def get_logger_by_backend(
         self,
         backend: str,                         # e.g. 'csv'
-    ) -> "Logger | None":                     # the first of that name, or None
+    ) -> Logger | None:                     # the first of that name, or None
         "The logger of some name, or None."
         names = [config.backend for config in self._configs]
         name = str(backend).strip().lower()
@@ -121,7 +120,7 @@ class LoggerManager:
 
     def __len__(self) -> int: return len(self._loggers)
     def __iter__(self) -> "Iterator[Logger]": return iter(self._loggers)
-    def __getitem__(self, index: int) -> "Logger": return self._loggers[index]
+    def __getitem__(self, index: int) -> Logger: return self._loggers[index]
     def __repr__(self) -> str: return f"LoggerManager({', '.join(config.backend for config in self._configs)})"
 
 # %% ../nbs/08_loggers.ipynb #f4ceb629
@@ -129,7 +128,7 @@ RUN_ATTRIBUTES = ("_version", "_run_id", "_id", "_experiment", "_initialized", "
                   "_logged_artifact_path", "_step_metric_defined")
 
 def logger_state(
-    logger: "Logger",             # any Lightning logger
+    logger: Logger,             # any Lightning logger
 ) -> dict[str, Any]:              # what names its run; empty if its run has already begun
     "What a logger knows of its run before the run begins."
     state = {k: v for k, v in vars(logger).items() if k in RUN_ATTRIBUTES}
@@ -137,7 +136,7 @@ def logger_state(
     return {k: type(v)(v) if isinstance(v, (dict, list)) else v for k, v in state.items()}
 
 def restart_logger(
-    logger: "Logger",             # any Lightning logger
+    logger: Logger,             # any Lightning logger
     state: dict[str, Any],        # of `logger_state`
 ) -> None:
     "Close a logger's run, so that what it logs next begins another."

@@ -8,7 +8,7 @@ __all__ = ['CrossEntropyLoss', 'BCEWithLogitsLoss', 'FocalLoss', 'AsymmetricLoss
 # %% ../nbs/04_losses.ipynb #24dc81cf
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,12 @@ def _per_class(
                          f"{str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)}.")
     hot = F.one_hot(target.clamp(min=0), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
     return hot * (target >= 0).unsqueeze(1)
+
+def _full(
+    logits: Tensor,                     # of any floating type
+) -> Tensor:
+    "Logits in float32 at least: sums and logarithms of half precision are not good enough for a loss."
+    return logits if logits.dtype.itemsize >= 4 else logits.float()
 
 def _weights(
     values: Tensor | Sequence[float] | None,  # one a class
@@ -60,7 +66,7 @@ class CrossEntropyLoss(nn.Module):
         logits: Tensor,                 # (N, C)
         target: Tensor,                 # (N,) class ids, or (N, C) shares
     ) -> Tensor:                        # scalar
-        weight: Any = self.weight
+        logits, weight = _full(logits), cast("Tensor | None", self.weight)
         if weight is not None: weight = weight.to(logits.dtype)
         if soft := target.ndim == logits.ndim: target = _per_class(target, logits)
         kw: dict[str, Any] = {} if soft else {"ignore_index": self.ignore_index}
@@ -86,7 +92,7 @@ class BCEWithLogitsLoss(nn.Module):
         logits: Tensor,                 # (N, C)
         target: Tensor,                 # (N, C) from 0 to 1, or (N,) class ids
     ) -> Tensor:                        # scalar
-        weight: Any = self.weight
+        logits, weight = _full(logits), cast("Tensor | None", self.weight)
         return F.binary_cross_entropy_with_logits(logits, _per_class(target, logits), pos_weight=weight)
 
 # %% ../nbs/04_losses.ipynb #b1a181a0
@@ -110,6 +116,7 @@ class FocalLoss(nn.Module):
         inputs: Tensor,                 # (N, C) or (N, C, H, W) logits
         targets: Tensor,                # (N,) or (N, H, W) class ids, below 0 dropped; or labels of the shape of inputs
     ) -> Tensor:                        # scalar; one number for each kept sample with 'none'
+        inputs = _full(inputs)
         target = _per_class(targets, inputs)
         error = F.binary_cross_entropy_with_logits(inputs, target, reduction="none")
         p = inputs.sigmoid()
@@ -143,7 +150,8 @@ class AsymmetricLoss(nn.Module):
         logits: Tensor,                 # (N, C)
         target: Tensor,                 # (N, C) from 0 to 1, or (N,) class ids
     ) -> Tensor:                        # scalar
-        x, y = logits.float(), _per_class(target, logits).float()
+        x = _full(logits)
+        y = _per_class(target, x)
         tiny = 1e-8
         p, shifted = x.sigmoid(), (x.sigmoid() - self.clip).clamp(min=tiny)
         # Without a margin the logarithm of 1 - p is taken from the logits, where it cannot round to 0.

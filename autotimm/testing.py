@@ -107,6 +107,7 @@ def _draw(rng: np.random.Generator, size: int, labels: list[int], num_classes: i
         masks = [m & ~inside for m in masks] + [inside]
     return ShapeScene(image.clip(0, 255).astype(np.uint8), np.array(labels[:len(masks)]), np.stack(masks), num_classes)
 
+# %% ../nbs/01_testing.ipynb #3c1a3267
 def make_shapes(
     n: int = 32,                        # how many scenes
     image_size: int = 64,               # height and width in pixels, 24 at least
@@ -157,6 +158,7 @@ def write_folders(
         _save(scene.image, root / split / SHAPE_NAMES[scene.label] / f"{name}.png")
     return root
 
+# %% ../nbs/01_testing.ipynb #ed9fd331
 def write_csv(
     root: str | os.PathLike[str],           # where to write
     splits: Mapping[str, int] | None = None,# images a split; by default dict(train=24, val=9)
@@ -241,6 +243,7 @@ def _corners(loop: np.ndarray) -> np.ndarray:
     before, after = loop - np.roll(loop, 1, 0), np.roll(loop, -1, 0) - loop
     return loop[(before != after).any(1)]
 
+# %% ../nbs/01_testing.ipynb #46e25991
 def mask_to_polygons(
     mask: np.ndarray,           # (H, W) bool
 ) -> list[list[float]]:         # x, y, x, y, ... of each outline
@@ -286,7 +289,7 @@ def write_coco(
             table["annotations"].append(dict(
                 id=len(table["annotations"]) + 1, image_id=int(name), category_id=int(label) + 1, iscrowd=0,
                 bbox=[x0, y0, x1 - x0, y1 - y0], area=float(mask.sum()), segmentation=outline))
-    (root / "annotations").mkdir(exist_ok=True)
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, table in tables.items(): (root / f"annotations/instances_{split}.json").write_text(json.dumps(table))
     return root
 
@@ -375,6 +378,7 @@ def _write_mnist(folder: Path, scenes: Mapping[str, list[ShapeScene]]) -> None:
             head = struct.pack(f">{kind + 1}i", 0x800 + kind, *values.shape)
             (folder / f"{part}-{name}").write_bytes(head + values.tobytes())
 
+# %% ../nbs/01_testing.ipynb #cb355729
 def write_builtin(
     root: str | os.PathLike[str],       # where to write; the `root` that torchvision is given
     name: str = "CIFAR10",              # one of `BUILTIN_FORMATS`
@@ -459,6 +463,7 @@ class HubRepo:
         if known := self.branches.get(name) or self.tags.get(name): return known
         return next((o for o in self.commits if len(name) >= 7 and o.startswith(name)), None)
 
+# %% ../nbs/01_testing.ipynb #38ccb5c5
 def blob_id(
     content: bytes,     # a file's content
 ) -> str:               # 40 hexadecimal digits
@@ -528,6 +533,7 @@ class _Call:
         if "json" in (self.headers.get("Content-Type") or ""): return json.loads(self.body or b"{}")
         return urllib.parse.parse_qs(self.body.decode())
 
+# %% ../nbs/01_testing.ipynb #16c06222
 @dataclass
 class _Answer:
     "A response."
@@ -560,7 +566,7 @@ def _commit(repo: HubRepo, revision: str) -> str:
     if commit := repo.resolve(revision): return commit
     raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
-# %% ../nbs/01_testing.ipynb #16c06222
+# %% ../nbs/01_testing.ipynb #ec5512bc
 def _list_repos(hub: "LocalHub", call: _Call) -> _Answer:
     "One page of the repositories that match the query."
     def asked(key: str) -> str: return call.query.get(key, [""])[0]
@@ -590,6 +596,7 @@ def _entry(path: str, content: bytes | None) -> dict[str, Any]:
     if content is None: return dict(type="directory", path=path, oid=blob_id(path.encode()), size=0)
     return dict(type="file", path=path, oid=blob_id(content), size=len(content))
 
+# %% ../nbs/01_testing.ipynb #39ad0332
 def _tree(hub: "LocalHub", call: _Call) -> _Answer:
     "The files and folders in a folder of a repository."
     repo, deep = _repo(hub, call), call.query.get("recursive", [""])[0].lower() in ("1", "true")
@@ -665,6 +672,7 @@ def _delete_repo(hub: "LocalHub", call: _Call) -> _Answer:
     del hub.repos[_writable(hub, call).repo_id]
     return _json({})
 
+# %% ../nbs/01_testing.ipynb #638c4108
 def _preupload(hub: "LocalHub", call: _Call) -> _Answer:
     "Say that every file goes into the commit itself, so that no other store is needed."
     _commit(_writable(hub, call), call.revision)
@@ -776,6 +784,12 @@ class HubFault:
         return _Refusal(500, "", "Internal error") if self.kind == "500" else None
 
 # %% ../nbs/01_testing.ipynb #487f708d
+def _span(answer: _Answer) -> tuple[int, int]:
+    "Where in the file an answer starts, and the size of the whole file."
+    part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    return (int(part[1]), int(part[2])) if part else (0, len(answer.body))
+
+# %% ../nbs/01_testing.ipynb #b984596a
 class _HubHandler(BaseHTTPRequestHandler):
     "Reads calls and writes answers."
     protocol_version, server_version, sys_version = "HTTP/1.1", "LocalHub", ""
@@ -835,11 +849,6 @@ class _HubHandler(BaseHTTPRequestHandler):
         "Close the connection at once, without an answer."
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
-
-def _span(answer: _Answer) -> tuple[int, int]:
-    "Where in the file an answer starts, and the size of the whole file."
-    part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-    return (int(part[1]), int(part[2])) if part else (0, len(answer.body))
 
 # %% ../nbs/01_testing.ipynb #54f93c7b
 class _HubServer(ThreadingHTTPServer):
@@ -904,23 +913,30 @@ def _environ(values: Mapping[str, str | None]) -> Iterator[None]:
     try: yield
     finally: put(before)
 
+# %% ../nbs/01_testing.ipynb #85c44d1d
 def _modules() -> list[ModuleType]:
     "The modules of the clients that are imported."
     return [m for name, m in list(sys.modules.items())
             if isinstance(m, ModuleType) and name.split(".")[0] in _CLIENTS]
 
-def _fresh_settings() -> dict[str, Any]:
-    "The constants that the clients would have, were they imported now."
-    values: dict[str, Any] = {}
+def _fresh_settings() -> dict[str, dict[str, Any]]:
+    "The constants that each of the clients would have, were it imported now; transformers reads them from the others."
+    values: dict[str, dict[str, Any]] = {}
     for name in _SETTINGS:
         spec = getattr(sys.modules.get(name), "__spec__", None)
         if spec is None or spec.loader is None: continue
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        values.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
-    home = values["HF_HOME"]
-    return {**values, "HF_MODULES_CACHE": os.getenv("HF_MODULES_CACHE", os.path.join(home, "modules"))}
+        values[name] = {k: v for k, v in vars(module).items() if not k.startswith("__")}
+    every = _merged(values)
+    modules = os.getenv("HF_MODULES_CACHE", os.path.join(every["HF_HOME"], "modules"))
+    return {"transformers.utils.hub": {**every, "HF_MODULES_CACHE": modules}, **values}
 
+def _merged(settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    "The constants of all the clients in one."
+    return {k: v for part in settings.values() for k, v in part.items()}
+
+# %% ../nbs/01_testing.ipynb #0dca688e
 def _same(a: Any, b: Any) -> bool:
     "Whether two settings are equal; a path and its text are."
     return str(a) == str(b) if isinstance(a, (str, Path)) else type(a) is type(b) and a == b
@@ -935,12 +951,22 @@ def _with_endpoint(modules: list[ModuleType]) -> list[Any]:
     found += [o._api for o in found if "_api" in getattr(o, "__dict__", {})]
     return list({id(o): o for o in found if "endpoint" in getattr(o, "__dict__", {})}.values())
 
-# %% ../nbs/01_testing.ipynb #85c44d1d
-def _live_settings() -> dict[str, Any]:
-    "The constants that the imported clients have."
-    found: dict[str, Any] = {}
-    for name in ("transformers.utils.hub", *_SETTINGS):
-        if name in sys.modules: found.update({k: v for k, v in vars(sys.modules[name]).items() if k.isupper()})
+# %% ../nbs/01_testing.ipynb #ac4ac5c2
+_Changes = dict[str, list[tuple[Any, Any]]]     # a constant's name -> its old value and its new one, in each client
+
+def _live_settings() -> dict[str, dict[str, Any]]:
+    "The constants that each of the imported clients has."
+    names = [o for o in ("transformers.utils.hub", *_SETTINGS) if o in sys.modules]
+    return {o: {k: v for k, v in vars(sys.modules[o]).items() if k.isupper()} for o in names}
+
+def _changes(live: Mapping[str, dict[str, Any]], fresh: Mapping[str, dict[str, Any]]) -> _Changes:
+    "The constants that differ."
+    found: _Changes = {}
+    for client, part in live.items():
+        for name, old in part.items():
+            new = fresh[client].get(name, old)
+            if not _same(old, new): found.setdefault(name, []).append((old, new))
+    if "HF_HUB_DISABLE_PROGRESS_BARS" in found: found["_tqdm_active"] = [(True, False)]     # of transformers
     return found
 
 def _put(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -948,34 +974,35 @@ def _put(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
     undo.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
 
-def _forget(url: str, home: str, changed: Mapping[str, tuple[Any, Any]], modules: list[ModuleType]) -> None:
+def _forget(url: str, home: str, changed: _Changes, modules: list[ModuleType]) -> None:
     "Give modules that were imported in the block what they would have read outside it."
-    settings = {**_fresh_settings(), **{k: v for k, v in _live_settings().items() if url not in str(v)}}
+    live = {k: v for k, v in _merged(_live_settings()).items() if url not in str(v)}
+    settings = {**_merged(_fresh_settings()), **live}
     for module in modules:
         for name, value in list(vars(module).items()):
             if isinstance(value, (str, Path)) and (url in str(value) or home in str(value)):
                 plain = str(value).replace(url, settings["ENDPOINT"]).replace(home, settings["HF_HOME"])
                 setattr(module, name, _like(settings.get(name, plain), value))
-            elif name in changed and _same(value, changed[name][1]): setattr(module, name, changed[name][0])
+            elif olds := [old for old, new in changed.get(name, ()) if _same(value, new)]: setattr(module, name, olds[0])
     for client in _with_endpoint(modules):
         if client.endpoint == url: client.endpoint = settings["ENDPOINT"]
 
+# %% ../nbs/01_testing.ipynb #4ec94faf
 @contextlib.contextmanager
 def _clients_use(url: str, home: str, token: str | None = None) -> Iterator[None]:
     "Turn the Hub's clients, imported or not, to `url` and an empty cache for the time of the block."
     from huggingface_hub.utils import close_session
     before, live = _modules(), _live_settings()
-    changed: dict[str, tuple[Any, Any]] = {}
+    changed: _Changes = {}
     try:
         with _environ(_environment(url, home, token)), contextlib.ExitStack() as undo:
-            changed = {k: (live[k], v) for k, v in _fresh_settings().items() if k in live and not _same(live[k], v)}
-            if "HF_HUB_DISABLE_PROGRESS_BARS" in changed: changed["_tqdm_active"] = (True, False)   # of transformers
+            changed = _changes(live, _fresh_settings())
             for module in before:
                 for name in changed.keys() & vars(module).keys():
-                    old, new = changed[name]
-                    if _same(value := vars(module)[name], old): _put(undo, module, name, _like(new, value))
+                    news = [new for old, new in changed[name] if _same(vars(module)[name], old)]
+                    if news: _put(undo, module, name, _like(news[0], vars(module)[name]))
             for client in _with_endpoint(before):
-                if client.endpoint == live["ENDPOINT"]: _put(undo, client, "endpoint", url)
+                if client.endpoint == live["huggingface_hub.constants"]["ENDPOINT"]: _put(undo, client, "endpoint", url)
             close_session()
             undo.callback(close_session)
             yield
@@ -1008,6 +1035,7 @@ def _timm_files(architecture: str, seed: int, model_args: dict[str, Any]) -> dic
     config.get("model_args", {}).pop("num_classes", None)   # has a place of its own; transformers would pass it twice
     return {**files, "config.json": json.dumps(config, indent=2).encode()}
 
+# %% ../nbs/01_testing.ipynb #747dbbbf
 def _processor_for(config: Any) -> Any:
     "The image processor that transformers has for a configuration, at the model's size; None if there is none."
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING

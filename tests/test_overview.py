@@ -15,7 +15,7 @@ import torchvision
 from torch.utils.data import DataLoader, TensorDataset
 
 import autotimm
-from autotimm.testing import LocalHub, write_cifar10
+from autotimm.testing import LocalHub, accept_builtin, write_cifar10
 
 OVERVIEW = Path(__file__).parents[2] / "shared" / "overview.md"
 pytestmark = pytest.mark.skipif(not OVERVIEW.exists(), reason="the overview does not stand beside this checkout")
@@ -59,9 +59,7 @@ def limited(monkeypatch, tmp_path):
     monkeypatch.setattr(autotimm.AutoTrainer, "__init__", trainer)
     monkeypatch.setattr(autotimm.ImageDataModule, "__init__", data)
     monkeypatch.setattr(autotimm.TunerConfig, "__init__", tuner)
-    checksums = write_cifar10(tmp_path / "data")
-    for name, value in checksums.items(): monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
-    return tmp_path
+    with accept_builtin(write_cifar10(tmp_path / "data"), "CIFAR10"): yield tmp_path
 
 
 @pytest.fixture

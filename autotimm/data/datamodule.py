@@ -281,7 +281,7 @@ class VisionDataModule(pl.LightningDataModule):
         return self._loader(self.train_dataset)
 
     def val_dataloader(self) -> Any:
-        "Batches for validation; an empty list where there are none."
+        "Batches for validation; an empty list where there are none, since Lightning takes no None."
         self._ready()
         return [] if self.val_dataset is None else self._loader(self.val_dataset)
 
@@ -294,7 +294,8 @@ class VisionDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         "Batches of the test data, else of the val data."
         self._ready()
-        return self.test_dataloader() if self.test_dataset is not None or self.val_dataset is None else self.val_dataloader()
+        if self.test_dataset is None and self.val_dataset is not None: return self._loader(self.val_dataset)
+        return self.test_dataloader()
 
     def test_hint(self) -> str:
         "How to give test data."
@@ -344,11 +345,13 @@ class VisionDataModule(pl.LightningDataModule):
         dataset = lookup(there, split, "Split")
         order = random.Random(self.seed).sample(range(len(dataset)), len(dataset))
         items: list[tuple[Tensor, Any]] = []
-        for i in order:
-            if len(items) == max_images: break
-            item = dataset[i]
-            if isinstance(item, BadImage): dataset.bad_images.add([item])
-            else: items.append(item)
+        # A look at the data leaves the run's random numbers as they were.
+        with torch.random.fork_rng(devices=[]):
+            for i in order:
+                if len(items) == max_images: break
+                item = dataset[i]
+                if isinstance(item, BadImage): dataset.bad_images.add([item])
+                else: items.append(item)
         own = dataset.adapter.kind == "pipeline" or (split == "train" and self.train_transforms is None)
         look: dict[str, Any] = {k: (self.data_config or {})[k] for k in ("mean", "std")} if own else {}
         images = [x if own else _stretch(x) for x, _ in items]

@@ -48,7 +48,8 @@ def decode_image(
     try:
         if decode is not None and channels in READ_MODES:
             raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return to_uint8_image(decode(raw, mode=READ_MODES[channels], apply_exif_orientation=True), channels)
+            mode = READ_MODES[3 if channels == 4 and decode is decode_jpeg else channels]
+            return to_uint8_image(decode(raw, mode=mode, apply_exif_orientation=True), channels)
         return to_uint8_image(_pillow(data), channels)
     except RuntimeError as e:
         # Pillow reads some files that torchvision does not, and says better why it cannot.
@@ -70,7 +71,10 @@ def load_image(
     channels: int = 3,        # 1: grey, 3: RGB, 4: RGB and alpha
 ) -> Tensor:                  # (channels, H, W) uint8
     "An image from wherever it is. Raises `BadImageError`."
-    if callable(source) and not isinstance(source, (np.ndarray, Tensor, Image.Image)): source = source()
+    if callable(source) and not isinstance(source, (np.ndarray, Tensor, Image.Image)):
+        try: source = source()
+        except BadImageError: raise
+        except (OSError, SyntaxError, EOFError, ValueError) as e: raise BadImageError(str(e)) from e
     if isinstance(source, Mapping) and ("bytes" in source or "path" in source): source = source.get("bytes") or source.get("path")
     try: data = Path(source).read_bytes() if isinstance(source, (str, os.PathLike)) else source
     except FileNotFoundError as e: raise BadImageError("the file does not exist") from e
@@ -440,11 +444,19 @@ def _read_hf_split(dataset: Any, image: str, label: str, split: str) -> tuple[li
     dataset = dataset.with_format(None).select_columns([image])
     return [Sample(_DatasetImage(dataset, i, image), t) for i, t in enumerate(labels)], names
 
+def _load_by_id(name: str) -> Any:
+    "The data set of an id. Raises `ValueError` where there is none, `ConnectionError` where the Hub is out of reach."
+    datasets = require("datasets", why=f"Loading the data set {name!r}")
+    way_out = "Load it with datasets.load_dataset and pass hf_dataset=, if it needs a configuration, a token or a revision."
+    try: return datasets.load_dataset(name)
+    except ConnectionError as e: raise ConnectionError(f"The Hub cannot be reached for the data set {name!r}, and it is not in the cache: {e}") from e
+    except (FileNotFoundError, ValueError) as e: raise ValueError(f"The data set {name!r} cannot be loaded: {e} {way_out}") from e
+
 def load_hf_dataset(
     source: Any,              # Dataset, DatasetDict, a dict of them, or an id
 ) -> dict[str, Any]:          # 'train', 'val', 'test' -> Dataset
     "A Hugging Face data set by split. Raises `ValueError` where there is no training split."
-    if isinstance(source, str): source = require("datasets", why=f"Loading the data set {source!r}").load_dataset(source)
+    if isinstance(source, str): source = _load_by_id(source)
     parts = dict(source) if isinstance(source, Mapping) else {"train": source}
     for part in parts.values():
         if not (hasattr(part, "features") and hasattr(part, "__len__")):
@@ -510,7 +522,7 @@ class BadImageLog:
         self._told = len(self.images)
         if fresh and self.on_bad_image == "report":
             listed = "\n".join(f"  {name}: {cause}" for name, cause in fresh)
-            warnings.warn(f"{len(fresh)} images left out of the {self.split} data:\n{listed}", stacklevel=2)
+            warnings.warn(f"{len(fresh)} image{'s' * (len(fresh) > 1)} left out of the {self.split} data:\n{listed}", stacklevel=2)
 
 # %% ../../nbs/11_data_readers.ipynb #d7b96c53
 class SampleDataset(Dataset):

@@ -1,0 +1,26 @@
+"""What several test modules share: the tiny repositories, a tiny folder of images, the routes."""
+import pytest
+
+pytest.register_assert_rewrite("hf_routes")
+
+
+@pytest.fixture(scope="session")
+def tiny_repositories():
+    "A closed LocalHub that holds the tiny models of all routes; they are made once."
+    from hf_routes import fill
+
+    from autotimm.testing import LocalHub
+    return fill(LocalHub())
+
+
+@pytest.fixture(scope="module")
+def tiny_hub(tiny_repositories):
+    "The same, open for the tests of one module: other modules find the clients as they were."
+    with tiny_repositories as hub: yield hub
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    "Images of three shapes in train, val and test folders."
+    from autotimm.testing import write_folders
+    return write_folders(tmp_path_factory.mktemp("shapes"), splits=dict(train=18, val=6, test=9), image_size=32, max_objects=1)

@@ -1,0 +1,61 @@
+"""README.md agrees with its notebook, and every example in it runs."""
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import autotimm
+from autotimm.testing import LocalHub, write_folders
+
+sys.path.insert(0, str(Path(__file__).parent))
+from readme import ROOT, render  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_shows_the_notebook(): assert README == render(ROOT / "nbs" / "index.ipynb")
+
+
+def test_the_two_commands_stand_there():
+    assert 'pip install ".[demo]" && autotimm demo' in README
+    assert 'pip install -e ".[dev]" && nbdev-test && pytest' in README
+
+
+def test_pictures_stand_in_the_repository():
+    pictures = re.findall(r"/main/(nbs/images/[\w.]+)\)", README)
+    assert len(pictures) == 2
+    for picture in pictures: assert (ROOT / picture).stat().st_size > 1000
+
+
+@pytest.mark.timeout(600)
+def test_every_example_runs(tmp_path, monkeypatch):
+    "In order, in one namespace; Hub ids served with tiny weights, epochs limited."
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    write_folders(tmp_path / "photos", splits={"train": 16, "val": 8}, num_classes=2, image_size=48)
+    init = autotimm.AutoTrainer.__init__
+
+    def limited(self, *args, **kwargs):
+        init(self, *args, **{**kwargs, "max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1})
+
+    monkeypatch.setattr(autotimm.AutoTrainer, "__init__", limited)
+    tuner = autotimm.TunerConfig.__init__
+    monkeypatch.setattr(autotimm.TunerConfig, "__init__",
+                        lambda self, **kw: tuner(self, **{**kw, "lr_find_kwargs": {"num_training": 8}}))
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) == 4
+    space: dict = {}
+    with LocalHub() as hub:
+        hub.add_timm("timm/resnet50.a1_in1k", "test_resnet", num_classes=1000)
+        hub.add_transformers("google/vit-base-patch16-224", transformers.ViTConfig(
+            hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+        for number, block in enumerate(blocks, 1):
+            exec(compile(block, f"README block {number}", "exec"), space)  # noqa: S102
+            if number == 1:
+                assert space["trainer"].global_step == 1 or space["trainer"].global_step == 2
+                assert space["model"].class_names == space["data"].class_names
+            if number == 2: assert space["best"].class_names == space["data"].class_names
+            if number == 3: assert isinstance(space["model"](torch.zeros(1, 3, 224, 224)), torch.Tensor)
+    assert space["trainer"].lightning_module is not None

@@ -32,6 +32,7 @@ import torch
 from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .core import near_matches, not_found, require, to_plain
@@ -232,7 +233,7 @@ class _Files:
     folder: Path
     commit: str | None = None
 
-def _weight_file(names: Iterable[str], where: str, weights_format: str, is_hub: bool = True) -> str:
+def _weight_file(names: Iterable[str], where: str, weights_format: str) -> str:
     "The name of the weight file to read. Raises `HubCorruptError` if there is none of an allowed format."
     names = set(names)
     safe = [o for o in _SAFE_WEIGHTS if o in names] or sorted(o for o in names if o.endswith(".safetensors"))
@@ -359,7 +360,7 @@ def _try(model: nn.Module, call: Callable[[Tensor], Any], size: tuple[int, int, 
     except NotImplementedError: raise
     except _MODEL_ERRORS as e:
         raise ValueError(f"Backbone {name!r} cannot run on an image of {size[0]} channels, {size[1]} by {size[2]} pixels: "
-                         f"{e}. Give another image_size or in_chans.") from e
+                         f"{str(e) or type(e).__name__}. If the size or the channels are the reason, give another image_size or in_chans.") from e
 
 # %% ../nbs/02_backbones.ipynb #fc9e2bc9
 class _TimmLibrary:
@@ -510,7 +511,8 @@ _SHRINKING_WINDOWS = ("swin", "donut-swin", "maskformer-swin")
 def _stride(x: Tensor, maps: Tensor, declared: int | None = None) -> int:
     "The stride of a map: the declared one if the sizes agree with it, else the nearest that they allow."
     side, small = x.shape[-2], maps.shape[-2]
-    if declared is not None and abs(side / declared - small) < 2: return int(declared)
+    # Convolutions without padding cost a few cells at the border, half a network's depth costs many more.
+    if declared is not None and -1 < side / declared - small < 4.5: return int(declared)
     return side // small if side % small == 0 else 2 ** round(math.log2(side / small))
 
 def _tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -836,7 +838,11 @@ def _read_pickle(path: Path, where: str) -> Any:
         raise HubCorruptError(f"The weights of {where} ({path.name}) are broken, or hold more than tensors, and such a "
                               "pickle is not loaded. Ask for safetensors weights.") from e
 
-def _load_timm(architecture: str, args: Mapping[str, Any], files: _Files, where: str, cfg: _Config,
+def _unwrapped(path: Path) -> dict[str, Tensor]:
+    "The weights that transformers' TimmWrapper saved, under timm's own names."
+    return {k.removeprefix("timm_model."): v for k, v in load_file(path).items()}
+
+def _load_timm(architecture: str, args: Mapping[str, Any], files: _Files, where: str, cfg: _Config, wrapped: bool = False,
                **how: Any) -> tuple[Any, dict[str, Any]]:
     "A timm model with the weights of a folder, and the arguments it took."
     path = files.folder / _weight_file([o.name for o in files.folder.iterdir()], where, cfg.weights_format)
@@ -844,6 +850,7 @@ def _load_timm(architecture: str, args: Mapping[str, Any], files: _Files, where:
     overlay: dict[str, Any] = dict(source="", file=str(path))
     if path.suffix != ".safetensors":
         overlay = dict(source="", file="", state_dict=_read_pickle(path, where))
+    elif wrapped: overlay = dict(source="", file="", state_dict=_unwrapped(path))
     try: return _create_timm(architecture, args, pretrained=True, pretrained_cfg_overlay=overlay, **how)
     except (RuntimeError, KeyError) as e:
         reason = " ".join(str(e).split())[:300]
@@ -867,7 +874,8 @@ def _processor_settings(config: Any) -> dict[str, Any]:
     names = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
     name = names.get("torchvision") or names.get("pil") if isinstance(names, Mapping) else names
     cls = getattr(_transformers("A transformers model"), name, None) if isinstance(name, str) else None
-    return {} if cls is None else cls().to_dict()
+    try: return {} if cls is None else cls().to_dict()
+    except TypeError: return {}  # a processor that cannot be made without arguments has no defaults either
 
 def _processor_data_config(settings: Mapping[str, Any], config: Any, prefer_config: bool) -> dict[str, Any]:
     "A data config from an image processor's settings; ImageNet's values where it is silent."
@@ -946,9 +954,18 @@ def _learn(model: nn.Module, library: _TransformersLibrary, data: Mapping[str, A
 
 def _class_path(obj: Any) -> str: return f"{type(obj).__module__}.{type(obj).__qualname__}"
 
+def _from_config(transformers: Any, config: Any) -> Any:
+    "A model with fresh weights. Raises `ValueError` for a config that no vision model of transformers takes."
+    by_name = getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
+    if type(config) in transformers.MODEL_MAPPING: return transformers.AutoModel.from_config(config, trust_remote_code=False)
+    if by_name is None: raise ValueError(f"transformers has no model for {type(config).__name__}. Pass the model itself.")
+    return by_name(config)
+
 def _build_transformers_object(obj: Any, cfg: _Config) -> _Built:
     "From a transformers config (fresh weights) or a model."
     transformers = _transformers("A transformers backbone")
+    if getattr(obj, "config", obj).model_type in ("timm_wrapper", "timm_backbone"):
+        raise ValueError(f"{type(obj).__name__} wraps a timm model. Pass the timm name, Hub id or folder itself.")
     if isinstance(obj, nn.Module):
         if set(cfg.extra_kwargs) - {"img_size", "pooling"} or cfg.drop_rate or cfg.drop_path_rate:
             raise ValueError(f"{type(obj).__name__} is built already: set drop rates, in_chans and "
@@ -957,7 +974,7 @@ def _build_transformers_object(obj: Any, cfg: _Config) -> _Built:
         model = obj
     else:
         config, pooling, size = _adjust_config(getattr(obj, "vision_config", obj), cfg, fresh=True)
-        model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+        model = _from_config(transformers, config)
     config = getattr(config, "vision_config", config)
     data = _processor_data_config(_processor_settings(config), config, prefer_config=True)
     return _finish_transformers(model, _data_config(data, size=size), pooling, cfg, type(obj).__name__,
@@ -1007,11 +1024,15 @@ def _build_timm_folder(config: dict[str, Any], files: _Files, ref: _Reference, c
         hint = f" The nearest are {', '.join(close)}." if close else ""
         raise HubCorruptError(f"{where} wants the timm architecture {architecture!r}, which is not found in timm "
                               f"{timm.__version__}.{hint} A newer timm may have it.")
-    saved = {k: v for k, v in config.get("model_args", {}).items() if k != "num_classes"}
+    saved = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
     args = {**saved, **_timm_args(cfg)}
-    local = f"local-dir:{files.folder}"
-    if cfg.pretrained: model, args = _load_timm(local, args, files, where, cfg)
-    else: model, args = _create_timm(local, args)
+    wrapped = config.get("model_type") is not None
+    built_from = architecture if wrapped and "pretrained_cfg" not in config else f"local-dir:{files.folder}"
+    try:
+        if cfg.pretrained: model, args = _load_timm(built_from, args, files, where, cfg, wrapped)
+        else: model, args = _create_timm(built_from, args)
+    except (TypeError, KeyError) as e:
+        raise HubCorruptError(f"config.json of {where} is not one that timm can read: {e}") from e
     if ref.source is ModelSource.HF_HUB: model.pretrained_cfg.update(hf_hub_id=ref.target, source="hf-hub")
     else: model.pretrained_cfg.pop("source", None)
     return _finish_timm(model, architecture, args, cfg, ref, files.commit)
@@ -1030,7 +1051,7 @@ def _build_transformers_folder(kind: str, files: _Files, ref: _Reference, cfg: _
     except (OSError, ValueError, TypeError) as e: raise HubCorruptError(f"config.json of {where} cannot be read: {e}") from e
     config, pooling, size = _adjust_config(getattr(config, "vision_config", config), cfg, fresh=not cfg.pretrained)
     if cfg.pretrained: model, missing = _load_transformers(transformers, config, files, where, cfg)
-    else: model, missing = transformers.AutoModel.from_config(config, trust_remote_code=False), []
+    else: model, missing = _from_config(transformers, config), []
     if pooling is None and any(re.match(r"(.*\.)?(pooler|head)\.", k) for k in missing): pooling = _pooling_without_pooler(model)
     data = _processor_data_config(_folder_processor(files.folder) or _processor_settings(config), config, False)
     return _finish_transformers(model, _data_config(data, size=size), pooling, cfg, _public_name(ref, cfg.model_name),
@@ -1067,7 +1088,7 @@ def _load_transformers(transformers: Any, config: Any, files: _Files, where: str
 
 def _adapt_channels(transformers: Any, model: nn.Module, config: Any) -> nn.Module:
     "The same weights for another number of input channels, as timm adapts a first convolution."
-    other = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    other = _from_config(transformers, config)
     weights, wanted = model.state_dict(), other.state_dict()
     for key, value in weights.items():
         if value.ndim == 4 and value.shape != wanted[key].shape:

@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch.utils.data import DistributedSampler
 
 from .core import to_plain
 
@@ -78,6 +79,7 @@ def loader_states(
         elif isinstance(g, np.random.Generator): states[name] = to_plain(g.bit_generator.state)
         elif isinstance(g, np.random.RandomState): states[name] = to_plain(g.get_state(legacy=False))
         else: states[name] = g.getstate()
+    states |= {f"{name}.seed": obj.seed for name, obj in _parts(loader) if isinstance(obj, DistributedSampler)}
     return states | {f"{name}.state_dict": obj.state_dict() for name, obj in _stateful_samplers(loader)}
 
 def set_loader_states(
@@ -91,6 +93,8 @@ def set_loader_states(
         elif isinstance(g, np.random.Generator): g.bit_generator.state = states[name]
         elif isinstance(g, np.random.RandomState): g.set_state(states[name])
         else: g.setstate(states[name])
+    for name, obj in _parts(loader):
+        if isinstance(obj, DistributedSampler) and f"{name}.seed" in states: obj.seed = states[f"{name}.seed"]
     for name, obj in _stateful_samplers(loader):
         if f"{name}.state_dict" in states: obj.load_state_dict(states[f"{name}.state_dict"])
 

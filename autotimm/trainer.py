@@ -578,7 +578,8 @@ def _search(trainer: AutoTrainer, model: pl.LightningModule, data: Data, setting
     if trainer.tuning.batch_size is not None: say(f"Batch size {tuned.batch_size}: {trainer.tuning.batch_size.reason}.")
     if trainer.tuning.lr is not None:
         found = trainer.tuning.lr
-        say(f"Learning rate {found.suggestion:.2g}: searched in {len(found.lrs)} steps from {found.lrs[0]:.0e} to {found.lrs[-1]:.0e}.")
+        say(f"Learning rate {found.suggestion:.2g}: searched in {len(found.lrs)} steps from {found.lrs[0]:.0e} to {found.lrs[-1]:.0e}"
+            f"{'' if found.certain else '; uncertain, since the loss hardly fell'}.")
         show(found.plot())
     _apply(trainer, tuned, model, data)
     if size: trainer._found_size = (data.datamodule, tuned.batch_size)

@@ -338,11 +338,8 @@ def smoothed(
 ) -> list[float]:                                    # as many
     "Centred moving average over a tenth of the steps; unlike an exponential one it does not lag behind the rate."
     width = max(1, len(losses) // 20)
-    out = []
-    for i in range(len(losses)):
-        reach = min(width, i, len(losses) - 1 - i)
-        out.append(sum(losses[i - reach:i + reach + 1]) / (2 * reach + 1))
-    return out
+    windows = (losses[max(0, i - width):i + width + 1] for i in range(len(losses)))
+    return [sum(window) / len(window) for window in windows]
 
 def suggest_rate(
     lrs: list[float],                                # rising
@@ -363,6 +360,15 @@ class LearningRateResult:
     factor: float                                    # found over configured
     lrs: list[float] = field(repr=False)             # tried, one a step
     losses: list[float] = field(repr=False)          # at each rate
+
+    @property
+    def certain(self) -> bool:
+        "Whether the loss fell by clearly more than it jumps from batch to batch."
+        smooth = smoothed(self.losses)
+        low = min(range(len(smooth)), key=smooth.__getitem__)
+        jumps = [(a - b) ** 2 for a, b in zip(self.losses[:low + 1], smooth)]
+        noise = math.sqrt(sum(jumps) / len(jumps) / (2 * max(1, len(smooth) // 20) + 1))
+        return len(smooth) >= 10 and smooth[0] - smooth[low] > 4 * noise
 
     def plot(
         self,

@@ -1,9 +1,10 @@
-"One training run in a process of its own, for test_resume.py: python resume_run.py SETTINGS.json"
+"One training run in a process of its own, for test_resume.py: python resume_run.py SETTINGS.json ..."
 import json
 import os
 import random
 import signal
 import sys
+import traceback
 
 import numpy as np
 import pytorch_lightning as pl
@@ -36,7 +37,7 @@ class Module(WithRate):
         optimizer = super().configure_optimizers()
         if self.hparams.schedule == "plateau":
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.3, threshold=0.5)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss", "frequency": self.trainer.check_val_every_n_epoch}}
         if self.hparams.schedule == "step":
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40), "interval": "step"}}
         return optimizer
@@ -73,4 +74,18 @@ def main(s: dict) -> None:
                     "folder": str(trainer.run_folder)}, s["out"])
 
 
-if __name__ == "__main__": main(json.loads(open(sys.argv[1]).read()))
+def forked(path: str) -> int:
+    "The exit status of one run in a process of its own, which needs no time to start."
+    if (child := os.fork()) == 0:
+        try: main(json.loads(open(path).read()))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    paths = sys.argv[1:]
+    if len(paths) == 1: main(json.loads(open(paths[0]).read()))
+    else: print(json.dumps([forked(path) for path in paths]))

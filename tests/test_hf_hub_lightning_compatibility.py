@@ -291,7 +291,7 @@ def test_compile_on_request(tmp_path):
     model = build(compile_model=True, compile_kwargs=dict(backend="eager"))
     plain = build()
     assert model.backbone._compiled_call_impl is None
-    run, notes = [trainer(tmp_path, note := Note(), max_epochs=1) for _ in range(2)], []
+    run, notes = [trainer(tmp_path, Note(), max_epochs=1) for _ in range(2)], []
     for o, m in zip(run, (model, plain)):
         o.fit(m, *loaders())
         notes.append([c for c in o.callbacks if isinstance(c, Note)][0].losses)

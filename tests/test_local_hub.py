@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import huggingface_hub
@@ -356,6 +358,16 @@ def test_cut_once_is_resumed(hub):
     hub.fault("cut", times=1)
     assert Path(hf_hub_download("me/net", "a.bin")).read_bytes() == content
     assert [method for method, _ in hub.requests] == ["HEAD", "GET", "GET"]
+
+
+def test_parts_of_a_file(hub):
+    hub.add_files("me/net", {"a.txt": "0123456789"})
+    address = f"{hub.url}/me/net/resolve/main/a.txt"
+    for asked, part, said in (("bytes=4-", b"456789", "bytes 4-9/10"), ("bytes=2-3", b"23", "bytes 2-3/10")):
+        with urllib.request.urlopen(urllib.request.Request(address, headers={"Range": asked})) as answer:
+            assert (answer.status, answer.headers["Content-Range"], answer.read()) == (206, said, part)
+    with pytest.raises(urllib.error.HTTPError, match="416"):
+        urllib.request.urlopen(urllib.request.Request(address, headers={"Range": "bytes=10-"}))
 
 
 def test_cut_always_gives_an_error_and_no_file(hub):

@@ -15,47 +15,62 @@ from autotimm.trainer import AutoTrainer
 HERE = Path(__file__).parent
 
 
-def run(folder: Path, name: str, **settings) -> subprocess.CompletedProcess:
-    "One training run in a process of its own."
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"root": str(folder), "out": str(folder / f"{name}.pt"), **settings}))
+def start(*paths: Path) -> subprocess.CompletedProcess:
+    "Runs, each in a process of its own."
     env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(HERE / "resume_run.py"), str(folder / f"{name}.json")], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, str(HERE / "resume_run.py"), *map(str, paths)], env=env, capture_output=True, text=True, timeout=300)
 
 
-def killed_and_resumed(tmp_path: Path, kill: tuple[int, int] = (2, 1), **settings) -> tuple[dict, dict]:
-    "What an unbroken run and one that was killed and resumed came to."
-    whole = run(tmp_path / "whole", "whole", **settings)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    broken = run(tmp_path / "broken", "first", kill=kill, **settings)
-    assert broken.returncode == -signal.SIGKILL, broken.stderr[-3000:]
-    resumed = run(tmp_path / "broken", "second", resume=True, **settings)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    return torch.load(tmp_path / "whole" / "whole.pt"), torch.load(tmp_path / "broken" / "second.pt")
+def settings_of(folder: Path, kill: tuple[int, int] = (2, 1), **settings) -> list[Path]:
+    "Files that describe an unbroken run, one that is killed, and one that goes on from there."
+    paths = []
+    for name, more in (("whole", {}), ("killed", {"kill": kill}), ("resumed", {"resume": True})):
+        root = folder / ("whole" if name == "whole" else "broken")
+        root.mkdir(parents=True, exist_ok=True)
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps({"root": str(root), "out": str(folder / f"{name}.pt"), **settings, **more}))
+    return paths
 
 
-def assert_same(whole: dict, resumed: dict) -> None:
+def assert_same(folder: Path) -> tuple[dict, dict]:
+    "The unbroken run and the resumed one came to the same."
+    whole, resumed = torch.load(folder / "whole.pt"), torch.load(folder / "resumed.pt")
     for name, tensor in whole["weights"].items(): assert torch.equal(tensor, resumed["weights"][name]), name
     assert whole["history"] == resumed["history"]
     assert (whole["epoch"], whole["step"], whole["best"]) == (resumed["epoch"], resumed["step"], resumed["best"])
+    return whole, resumed
 
 
-@pytest.mark.parametrize("settings", [
-    {"workers": 0}, {"workers": 2}, {"workers": 2, "sampler": True, "draws": True}, {"schedule": "plateau", "every": 2, "epochs": 5},
-    {"schedule": "step", "accumulate": 3, "seed": 7}, {"steps": 14, "draws": True}],
-    ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
-def test_kill_and_resume_to_the_same_weights(tmp_path, settings):
-    assert_same(*killed_and_resumed(tmp_path, **settings))
+CASES = {
+    "plain": {}, "workers": {"workers": 2}, "own_sampler": {"workers": 2, "sampler": True, "draws": True},
+    "plateau": {"schedule": "plateau"}, "rare_validation": {"schedule": "plateau", "every": 2},
+    "accumulate": {"schedule": "step", "accumulate": 3, "seed": 7}, "max_steps": {"steps": 14, "draws": True},
+    "tuned": {"tune": True, "kill": (2, 0)},
+}
 
 
-def test_resuming_skips_the_search_and_keeps_what_it_found(tmp_path):
-    whole, resumed = killed_and_resumed(tmp_path, tune=True, kill=(2, 0))
-    assert_same(whole, resumed)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    "All cases, run one after the other: each run in a process of its own, killed where it is to be."
+    folder = tmp_path_factory.mktemp("runs")
+    done = start(*(path for name, settings in CASES.items() for path in settings_of(folder / name, **settings)))
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, -signal.SIGKILL, 0] * len(CASES), done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", [o for o in CASES if o != "tuned"])
+def test_kill_and_resume_to_the_same_weights(runs, case): assert_same(runs / case)
+
+
+def test_resuming_skips_the_search_and_keeps_what_it_found(runs):
+    whole, resumed = assert_same(runs / "tuned")
     assert whole["lr"] == resumed["lr"] != "auto" and whole["batch_size"] == resumed["batch_size"] == 32
 
 
 def test_two_processes(tmp_path):
-    assert_same(*killed_and_resumed(tmp_path, devices=2, strategy="ddp", epochs=3, workers=0))
+    done = [start(path) for path in settings_of(tmp_path, devices=2, strategy="ddp", epochs=3)]
+    assert [o.returncode for o in done] == [0, -signal.SIGKILL, 0], "".join(o.stderr for o in done)[-4000:]
+    assert_same(tmp_path)
 
 
 @pytest.fixture

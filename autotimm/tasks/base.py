@@ -308,6 +308,7 @@ class VisionTask(TrainableModule):
         self.num_classes = num_classes
         self.logging_config = self_logging or LoggingConfig(log_learning_rate=False, log_gradient_norm=False)
         self.transform_config = transform_config
+        self._sums: dict[str, tuple[Any, int]] = {}
 
     @property
     def class_names(self) -> list[str] | None:
@@ -347,6 +348,7 @@ class VisionTask(TrainableModule):
     def setup(self, stage: str) -> None:
         "Check that data and model agree on the classes, and take their names."
         super().setup(stage)
+        self._sums = {}
         data = getattr(self.trainer, "datamodule", None)
         count, names = getattr(data, "num_classes", None), getattr(data, "class_names", None)
         if isinstance(count, int) and count != self.num_classes:
@@ -370,25 +372,35 @@ class VisionTask(TrainableModule):
 
     def _step(self, batch: Any, stage: str, batch_idx: int) -> Step:
         step = self.compute(batch, stage)
-        bar = self.logging_config.verbosity > 0
         for name, value in step.losses.items():
-            self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, batch_size=step.size, sync_dist=True,
-                     prog_bar=bar and (name == "loss" or self.logging_config.verbosity > 1))
+            total, count = self._sums.get(f"{stage}/{name}", (0.0, 0))
+            self._sums[f"{stage}/{name}"] = total + value.detach().float() * step.size, count + step.size
         of_step = self.metrics.update(stage, step.scores, step.target, step.logits)
         if of_step: self.log_dict(of_step, on_step=True, on_epoch=False, batch_size=step.size)
         return step
 
-    def _log_metrics(self, stage: str) -> None:
+    def _log_epoch(self, stage: str) -> None:
+        "Log the mean losses and the metrics of an epoch, once."
+        bar, sums = self.logging_config.verbosity, {k: v for k, v in self._sums.items() if k.startswith(f"{stage}/")}
+        if not sums: return
+        for name, (total, count) in sums.items():
+            del self._sums[name]
+            self.log(name, total / count, on_step=False, on_epoch=True, batch_size=count, sync_dist=True,
+                     prog_bar=bar > 1 or bar > 0 and name == f"{stage}/loss")
         for name, value in self.metrics.compute(stage).items():
-            self.log(name, value, prog_bar=self.logging_config.verbosity > 0 and self.metrics.prog_bar(name), sync_dist=True)
+            self.log(name, value, on_step=False, on_epoch=True, prog_bar=bar > 0 and self.metrics.prog_bar(name), sync_dist=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        "Log the epoch after its last batch, before the callbacks that read what was logged."
+        if self.trainer.is_last_batch: self._log_epoch("train")
 
     def on_train_epoch_end(self) -> None:
-        "Log the training metrics."
-        self._log_metrics("train")
+        "Log an epoch that ended before its last batch."
+        self._log_epoch("train")
 
     def on_validation_epoch_end(self) -> None:
         "Log the validation metrics and draw what was asked for."
-        self._log_metrics("val")
+        self._log_epoch("val")
         figures = self.figures()
         if self.trainer.sanity_checking or not self.trainer.is_global_zero: return
         for name, figure in figures.items():
@@ -396,7 +408,7 @@ class VisionTask(TrainableModule):
 
     def on_test_epoch_end(self) -> None:
         "Log the test metrics."
-        self._log_metrics("test")
+        self._log_epoch("test")
 
     def figures(self) -> dict[str, Any]:
         "Pictures of this validation epoch by name; a task that draws supplies them."

@@ -1,0 +1,320 @@
+"The searches: they work for any module, leave no trace, and say clearly what they cannot do."
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from small_models import QUIET, Full, Plain, WithRate, loaders, patterns, same_weights
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+
+from autotimm.trainer import AutoTrainer
+from autotimm.tuning import TunerConfig
+
+HERE = Path(__file__).parent
+RATE = TunerConfig(True, False, {"num_training": 20, "min_lr": 1e-5})
+SIZE = TunerConfig(False, True, None, {"steps_per_trial": 1, "max_val": 32})
+BOTH = TunerConfig(True, True, RATE.lr_find_kwargs, SIZE.batch_size_kwargs)
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda **kwargs: AutoTrainer(**{"max_epochs": 1, "default_root_dir": str(tmp_path), **QUIET, **kwargs})
+
+
+class Seen(pl.Callback):
+    "Notes the rates and batch sizes of a training."
+    def __init__(self): self.rates, self.sizes = [], []
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rates.append([g["lr"] for o in trainer.optimizers for g in o.param_groups])
+        self.sizes.append(len(batch[0]))
+
+
+class Numbers(pl.LightningDataModule):
+    "Has a batch size, as ours do."
+    def __init__(self, batch_size="auto"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.batch_size = batch_size
+    def train_dataloader(self): return DataLoader(patterns(64), self.batch_size, shuffle=True)
+    def val_dataloader(self): return DataLoader(patterns(32, 2), self.batch_size)
+
+
+class Fixed(pl.LightningDataModule):
+    "Has no attribute batch_size."
+    def train_dataloader(self): return loaders()[0]
+
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter([patterns(8)[i] for i in range(8)])
+
+
+# What is found is used
+
+def test_rate_of_a_module_without_lr_keeps_the_ratios(make):
+    class Groups(Plain):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD([dict(params=self.net[0].parameters(), lr=1e-4), dict(params=[*self.net[1:].parameters()], lr=1e-3)])
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+    seen = Seen()
+    trainer = make(tuner_config=RATE, callbacks=[seen], max_epochs=2)
+    trainer.fit(Groups(), loaders()[0])
+    found = trainer.lr_finder.suggestion
+    assert found > 1e-3
+    assert seen.rates[0] == pytest.approx([found / 10, found]) and seen.rates[-1] == pytest.approx([found / 20, found / 2])
+    assert len(trainer.lr_finder.plot().axes) == 1
+
+
+@pytest.mark.parametrize("lr", ["auto", 0.003])
+def test_rate_of_a_module_with_lr_is_set_on_it(make, lr):
+    seen, model = Seen(), WithRate(lr)
+    trainer = make(tuner_config=None if lr == "auto" else RATE, callbacks=[seen])
+    trainer.fit(model, *loaders())
+    found = trainer.tuning.lr.suggestion
+    assert model.hparams.lr == pytest.approx(found) and seen.rates[0] == pytest.approx([found / 10, found])
+    assert torch.load(trainer.last_model_path, weights_only=True)["hyper_parameters"]["lr"] == pytest.approx(found)
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "warmup", "timm"])
+def test_rate_reaches_the_schedulers(make, schedule):
+    from timm.scheduler import CosineLRScheduler
+
+    class Scheduled(Plain):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+            if schedule == "one_cycle": scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=8)
+            elif schedule == "timm": scheduler = CosineLRScheduler(optimizer, 8, warmup_t=3, warmup_lr_init=1e-6, warmup_prefix=True, t_in_epochs=False)
+            else:
+                warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=3)
+                scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)], [3])
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step_update(self.global_step) if schedule == "timm" else scheduler.step()
+    seen = Seen()
+    trainer = make(tuner_config=RATE, callbacks=[seen], max_epochs=2)
+    trainer.fit(Scheduled(), loaders()[0])
+    found, rates = trainer.lr_finder.suggestion, [o[0] for o in seen.rates]
+    assert max(rates) == pytest.approx(found, rel=0.15) and rates[0] < 0.2 * found
+
+
+def test_size_of_bare_loaders(make):
+    train = DataLoader(patterns(64), 8, sampler=RandomSampler(range(64), generator=torch.Generator().manual_seed(1)), drop_last=True,
+                       collate_fn=lambda batch: tuple(torch.stack([torch.as_tensor(o[i]) for o in batch]) for i in (0, 1)))
+    val = DataLoader(patterns(32, 2), 8)
+    seen, state = Seen(), train.sampler.generator.get_state()
+    trainer = make(tuner_config=SIZE, callbacks=[seen])
+    trainer.fit(Full(), train, val)
+    assert seen.sizes == [32, 32] and trainer.tuning.batch_size.suggestion == 32
+    used = trainer.train_dataloader
+    assert used.sampler is train.sampler and used.collate_fn is train.collate_fn and used.drop_last
+    assert trainer.val_dataloaders.batch_size == 32 and (train.batch_size, val.batch_size) == (8, 8)
+    other = torch.Generator()
+    other.set_state(state)
+    assert torch.equal(torch.randperm(64, generator=other), torch.randperm(64, generator=torch.Generator().manual_seed(1)))
+    assert len(trainer.tuning.batch_size.plot().axes) == 1
+
+
+@pytest.mark.parametrize("data", [Numbers("auto"), Numbers(8), Fixed()], ids=["auto", "number", "no_attribute"])
+def test_size_of_data_modules(make, data):
+    seen = Seen()
+    trainer = make(tuner_config=SIZE if getattr(data, "batch_size", 0) != "auto" else None, callbacks=[seen])
+    trainer.fit(Full(), datamodule=data)
+    expected = 64 if isinstance(data, Numbers) and trainer.tuner_config is None else 32
+    assert seen.sizes == [expected] * (64 // expected)
+    if isinstance(data, Numbers): assert data.batch_size == data.hparams.batch_size == expected and data.trainer is trainer
+
+
+def test_loaders_of_the_module_itself(make):
+    class Own(Full):
+        def train_dataloader(self): return loaders()[0]
+    seen = Seen()
+    make(tuner_config=BOTH, callbacks=[seen]).fit(Own())
+    assert seen.sizes == [32, 32]
+
+
+def test_auto_is_searched_again_for_a_second_model(make):
+    class Small(Full):
+        "Runs out of memory above eight samples, as a larger model would."
+        def training_step(self, batch, batch_idx):
+            if len(batch[0]) > 8: raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+            return super().training_step(batch, batch_idx)
+    trainer, data = make(), Numbers("auto")
+    trainer.fit(Full(), datamodule=data)
+    assert data.batch_size == 64
+    trainer.fit(Small(), datamodule=data)
+    assert data.batch_size == 8
+
+
+def test_it_says_what_it_found(make, capsys):
+    make(tuner_config=BOTH).fit(Full(), *loaders())
+    said = capsys.readouterr().out
+    assert "Batch size 32: 32 is the most that max_val" in said and "Learning rate " in said and "searched in" in said
+
+
+def test_the_found_rate_trains_well(make):
+    model = Full(dropout=0.0)
+    trainer = make(tuner_config=TunerConfig(True, False), max_epochs=8)
+    trainer.fit(model, *loaders(256))
+    assert trainer.history[-1]["val/accuracy"] > 0.8
+
+
+# Nothing stays behind
+
+def test_search_changes_nothing(make, tmp_path):
+    "A fit after a search is the fit without one, when it finds what was set."
+    class Counting(Full):
+        "Keeps things that are in no state dict."
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+        def training_step(self, batch, batch_idx):
+            self.calls.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+    pl.seed_everything(1, verbose=False)
+    first, (train, val) = Counting().eval(), loaders(worker_init_fn=None, generator=torch.Generator().manual_seed(2))
+    second = copy.deepcopy(first)
+    fixed = TunerConfig(True, True, {"num_training": 1, "min_lr": 0.01, "max_lr": 0.1}, {"steps_per_trial": 2, "max_val": 16})
+    torch.manual_seed(3)
+    make(tuner_config=fixed).fit(first, train, val)
+    train.generator.manual_seed(2)
+    torch.manual_seed(3)
+    make(tuner_config=None).fit(second, train, val)
+    assert same_weights(first, second) and first.calls == second.calls == [0, 1, 2, 3]
+    assert {o.name for o in tmp_path.iterdir()} == {"checkpoints"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_everything_is_put_back_when_a_search_fails(make, tmp_path, error):
+    class Fails(WithRate):
+        count = 0
+        def training_step(self, batch, batch_idx):
+            type(self).count += 1
+            if type(self).count > 12: raise error("stop")
+            return super().training_step(batch, batch_idx)
+    model, data, stop = Fails("auto"), Numbers("auto"), pl.callbacks.EarlyStopping("val/loss")
+    model.net[1].eval()
+    weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    trainer = make(callbacks=[stop], tuner_config=BOTH)
+    with pytest.raises(error): trainer.fit(model, datamodule=data)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (model.hparams.lr, data.batch_size, data.hparams.batch_size) == ("auto", "auto", "auto")
+    assert model.net[0].training and not model.net[1].training and stop.strict
+    assert not [o for o in tmp_path.rglob("*") if o.is_file()]
+    assert model._trainer is None and trainer.global_step == 0
+
+
+# What cannot be tuned is said before any training
+
+class Manual(Full):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class NoLoss(Full):
+    def training_step(self, batch, batch_idx): return super().training_step(batch, batch_idx) * float("nan")
+
+
+class NoOptimizer(Full):
+    def configure_optimizers(self): return None
+
+
+class OwnRate(Full):
+    def configure_optimizers(self): return torch.optim.SGD([dict(params=self.parameters(), lr=0.0)])
+
+
+@pytest.mark.parametrize("model, train, config, text", [
+    (Manual, loaders()[0], RATE, "optimises by hand"),
+    (Manual, loaders()[0], SIZE, "optimises by hand"),
+    (NoLoss, loaders()[0], RATE, "no finite loss"),
+    (NoOptimizer, loaders()[0], RATE, "gives no optimizer"),
+    (OwnRate, loaders()[0], RATE, "needs a positive one"),
+    (Full, DataLoader(patterns(64), batch_sampler=[[0, 1], [2, 3]]), SIZE,
+     "batch sampler of its own"),
+    (Full, DataLoader(Stream(), 4), SIZE, "IterableDataset"),
+    (Full, [loaders()[0], loaders()[0]], SIZE, "the training data is a list"),
+    (Full, [], RATE, "no training batches|No training batches|empty"),
+])
+def test_what_cannot_be_tuned(make, model, train, config, text):
+    module = model()
+    weights = copy.deepcopy(module.state_dict())
+    trainer = make(tuner_config=config)
+    with pytest.raises(ValueError, match=text): trainer.fit(module, train)
+    assert trainer.global_step == 0 and all(torch.equal(v, weights[k]) for k, v in module.state_dict().items())
+
+
+def test_rate_alone_is_searched_on_streams(make):
+    trainer = make(tuner_config=TunerConfig(True, False, {"num_training": 5, "min_lr": 1e-4, "max_lr": 0.01}))
+    trainer.fit(Full(), DataLoader(Stream(), 4))
+    assert math.isfinite(trainer.lr_finder.suggestion)
+
+
+def test_off_and_auto_exclude_each_other(make):
+    with pytest.raises(ValueError, match="lr='auto' and batch_size='auto' asks for a search, and tuner_config=False"):
+        make(tuner_config=False).fit(WithRate("auto"), datamodule=Numbers("auto"))
+    trainer = make(tuner_config=False)
+    trainer.fit(WithRate(0.01), *loaders())
+    assert trainer.tuner_config is None and trainer.tuning.lr is None
+
+
+def test_none_searches_nothing_but_auto(make):
+    trainer = make()
+    trainer.fit(WithRate(0.01), datamodule=Numbers(8))
+    assert trainer.tuning.lr is None and trainer.tuning.batch_size is None
+    assert isinstance(make(tuner_config=True).tuner_config, TunerConfig)
+
+
+def test_fast_dev_run_searches_nothing(make):
+    trainer = make(fast_dev_run=True, tuner_config=True)
+    trainer.fit(WithRate("auto"), datamodule=Numbers("auto"))
+    assert trainer.tuning.lr is None and trainer.global_step == 1
+
+
+def test_resuming_needs_to_know_what_was_found(make):
+    first = make()
+    first.fit(WithRate(0.01), *loaders())
+    with pytest.raises(ValueError, match="lr='auto': resuming skips the search"):
+        make(max_epochs=2).fit(WithRate("auto"), *loaders(), ckpt_path="last")
+
+
+# Several processes
+
+DDP = """
+import json, os, sys
+from small_models import *
+from test_tuner import BOTH, Numbers, Seen
+from autotimm.trainer import AutoTrainer
+if __name__ == "__main__":
+    folder, strategy = sys.argv[1:]
+    seen, model, data = Seen(), WithRate("auto"), Numbers("auto")
+    trainer = AutoTrainer(max_epochs=1, devices=2, strategy=strategy, callbacks=[seen], tuner_config=BOTH, default_root_dir=folder, **QUIET)
+    trainer.fit(model, datamodule=data)
+    found = dict(sizes=seen.sizes, rates=seen.rates[:1], size=data.batch_size, lr=model.hparams.lr, history=len(trainer.history), best=os.path.basename(trainer.best_model_path))
+    open(f"{folder}/rank{trainer.global_rank}.json", "w").write(json.dumps(found))
+"""
+
+
+def run_ddp(tmp_path: Path, strategy: str) -> list[dict]:
+    "What each process came to."
+    (tmp_path / "run.py").write_text(DDP)
+    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(tmp_path / "run.py"), str(tmp_path), strategy], env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
+
+
+def test_two_processes_use_what_the_first_one_found(tmp_path):
+    first, second = run_ddp(tmp_path, "ddp")
+    assert first == second and first["sizes"] == [32] and first["size"] == 32
+    assert first["rates"][0] == pytest.approx([first["lr"] / 10, first["lr"]]) and first["best"].startswith("best-")
+
+
+def test_spawned_processes_too(tmp_path):
+    (first,) = run_ddp(tmp_path, "ddp_spawn")        # the main process, which trained nothing itself
+    assert first["size"] == 32 and first["lr"] > 0 and first["history"] == 1 and first["best"].startswith("best-")

@@ -26,7 +26,7 @@ from .core import import_object, near_matches, not_found
 # %% ../nbs/06_optim.ipynb #b8cd121d
 NEEDS_MORE = {  # name -> why it is not listed
     "sparseadam": "it takes sparse gradients only",
-    "kron": "on convolutions it builds arrays of a hundred gigabytes unless opt_einsum is installed",
+    **dict.fromkeys(("kron", "kronc", "kronw"), "on convolutions it builds arrays of a hundred gigabytes"),
     "adahessian": "it needs second-order gradients, which a training step does not keep",
 }
 _LIBRARY_OF = {"fused": "apex", "bnb": "bitsandbytes"}  # prefix of timm's names -> the library that they need

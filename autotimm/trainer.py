@@ -24,6 +24,7 @@ from pytorch_lightning.loops.prediction_loop import _PredictionLoop
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import RunningStage, TrainerFn
+from pytorch_lightning.utilities.compile import _maybe_unwrap_optimized
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from .callbacks import (FlatName, JsonProgressCallback, SaveIfLogged, back_to_start, in_notebook, is_rank_zero,
@@ -31,7 +32,7 @@ from .callbacks import (FlatName, JsonProgressCallback, SaveIfLogged, back_to_st
 from .checkpoints import (LAST_NAME, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_folders, find_last,
                                   hide_folders, loader_states, new_run_folder, random_states, set_loader_states,
                                   set_random_states)
-from .core import near_matches, require, seed_everything
+from .core import inherit_signature, near_matches, require, seed_everything
 from .loggers import LoggerConfig, LoggerManager, logger_state, restart_logger
 from .tuning import (BatchSizeResult, Data, LearningRateResult, SizedSource, TunerConfig, find_rate, find_size,
                              scale_model_rate, set_highest_rates, set_size, wants_rate, wants_size)
@@ -490,27 +491,19 @@ class AutoTrainer(pl.Trainer):
             return model, self.last_model_path
         if ckpt_path != "best": return model, None if ckpt_path is None else str(ckpt_path)
         other = model is not None and self._fitted is not None and model is not self._fitted
-        if self.best_model_path and not other: return model, self.best_model_path
+        path = self.best_model_path
+        if torch.distributed.is_available() and torch.distributed.is_initialized(): path = self.strategy.broadcast(path)
+        if path and not other: return model, path
         why = "the best checkpoint is that of another model" if other else "this trainer has kept no checkpoint"
         rank_zero_warn(f"{what}(ckpt_path='best'): {why}, so the weights are taken as they are. Give a file to load one.")
         return (self.lightning_module if model is None else model), None
 
 # %% ../nbs/21_trainer.ipynb #ed22621c
-def _merged_signature(cls: type, base: type) -> inspect.Signature:
-    "The parameters of a class, and those of its base that it passes on."
-    own = [o for o in inspect.signature(cls.__init__).parameters.values() if o.name != "self"]  # type: ignore[misc]
-    rest = [o for o in own if o.kind is inspect.Parameter.VAR_KEYWORD]
-    own = [o for o in own if o not in rest]
-    names = {o.name for o in own}
-    inherited = [o.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-                 for o in inspect.signature(base.__init__).parameters.values() if o.name not in names | {"self"}]  # type: ignore[misc]
-    return inspect.Signature([*own, *inherited])
-
-AutoTrainer.__signature__ = _merged_signature(AutoTrainer, pl.Trainer)  # type: ignore[attr-defined]
+inherit_signature(AutoTrainer)
 
 def _checked_model(model: Any, what: str) -> pl.LightningModule:
     "The LightningModule that was given, or a `TypeError` that says what to do."
-    model = getattr(model, "_orig_mod", model) if isinstance(getattr(model, "_orig_mod", None), pl.LightningModule) else model
+    if isinstance(getattr(model, "_orig_mod", None), pl.LightningModule): model = _maybe_unwrap_optimized(model)
     if isinstance(model, pl.LightningModule): return model
     way = ("Wrap it: ImageClassifier(backbone=model, num_classes=...), or write a LightningModule around it."
            if isinstance(model, torch.nn.Module) else "Give an ImageClassifier or a LightningModule of your own.")

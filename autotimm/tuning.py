@@ -12,11 +12,13 @@ __all__ = ['LR_DEFAULTS', 'BATCH_DEFAULTS', 'START_RATE', 'TunerConfig', 'Data',
 # %% ../nbs/20_tuning.ipynb #73afab58
 import contextlib
 import copy
+import functools
 import gc
 import math
 import os
 import signal
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource
 from pytorch_lightning.utilities.memory import is_oom_error
 from torch.utils.data import BatchSampler, IterableDataset as _IterableDataset
+from torchmetrics import Metric
 
 from .checkpoints import loader_states, random_states, set_loader_states, set_random_states
 from .core import has_module, not_found
@@ -122,6 +125,36 @@ class SizedSource(_DataLoaderSource):
 
 # %% ../nbs/20_tuning.ipynb #6aa34172
 _COPY_ERRORS = (TypeError, RuntimeError, ValueError, NotImplementedError, AttributeError, RecursionError)
+_PLAIN = (int, float, str, bool, type(None))
+
+def _copy_of(model: pl.LightningModule) -> pl.LightningModule | None:
+    "A copy of a model that shares nothing with it, or None."
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    if any(isinstance(value, (types.FunctionType, functools.partial)) for value in attributes): return None
+    try: return copy.deepcopy(model)
+    except _COPY_ERRORS: return None
+
+@contextlib.contextmanager
+def _restored(model: pl.LightningModule) -> Iterator[None]:
+    "Put a model back, whatever happens, after it was trained for a while."
+    def tensors() -> dict[str, torch.Tensor]: return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {name: tensor.detach().clone() for name, tensor in tensors().items()}
+    grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    attributes = {module: {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN)} for module in model.modules()}
+    hparams = dict(model.hparams)
+    try: yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in tensors().items():
+                tensor.data = tensor.data.to(values[name].device)
+                tensor.copy_(values[name])
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(grads[name])
+        for module, plain in attributes.items():
+            if isinstance(module, Metric): module.reset()
+            vars(module).update(plain)
+        model.hparams.update(hparams)
 
 @contextlib.contextmanager
 def borrowed(
@@ -130,20 +163,9 @@ def borrowed(
     "A model to try things on; `model` is afterwards as it was."
     attached, model._trainer = model._trainer, None
     try:
-        try: trial = copy.deepcopy(model)
-        except _COPY_ERRORS: trial = model
-        tensors = {} if trial is not model else {
-            t: (t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())}
-        modes = {module: module.training for module in model.modules()}
-        try: yield trial
-        finally:
-            with torch.no_grad():
-                for tensor, (value, grad) in tensors.items():
-                    tensor.data = tensor.data.to(value.device)
-                    tensor.copy_(value)
-                    tensor.grad = None
-                    if tensor.is_leaf: tensor.requires_grad_(grad)
-            for module, mode in modes.items(): module.training = mode
+        if (trial := _copy_of(model)) is not None: yield trial
+        else:
+            with _restored(model): yield model
     finally: model._trainer = attached
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 """What the benchmarks share: interleaved timing and Markdown tables."""
+import logging
+import os
 import platform
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -26,8 +29,15 @@ def table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def keep_quiet() -> None:
+    "Leave warnings and Lightning's information out of the output."
+    warnings.filterwarnings("ignore")
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"): logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def machine() -> str:
-    "The machine and the versions that matter, in a line."
+    "The machine, what else it had to do, and the versions that matter, in a line."
     import timm
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, {device}"
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, {device}{load}"

@@ -5,11 +5,9 @@ loop written by hand, interleaved in one run: medians of seven pairs. `python be
 """
 import argparse
 import gc
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytorch_lightning as pl
 import timm
 import torch
 import transformers
-from common import interleave, machine, ratio, table
+from common import interleave, keep_quiet, machine, ratio, table
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -119,8 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    keep_quiet()
+    print(machine() + "\n", flush=True)
     rows = []
     for name, size, steps, limit in (("resnet18", 96, 45, 1.03), ("test_resnet", 64, 205, 1.05)):
         times = measure(timm_sides(name), batches(steps, 16, size), args.runs)
@@ -132,7 +130,6 @@ def main() -> None:
     for side, base in (("own module", "by hand"), ("backbone=", "by hand"), ("backbone=", "own module")):
         rows.append(["ViT-tiny (transformers)", "224 px, batch 8", f"{side} / {base}", f"{ms[base]:.2f}", f"{ms[side]:.2f}",
                      f"{ratio(times, side, base):.3f}", "1.03"])
-    print(machine() + "\n")
     print(table(rows, ["model", "data", "side", "base, ms a step", "ours, ms a step", "ratio", "at most"]))
 
 

@@ -5,22 +5,20 @@ and the same from random weights. `python benchmarks/transfer.py [--data DIR]`, 
 `weights/mobilenetv2_100`; it is not part of this repository.
 """
 import argparse
-import logging
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-from common import machine, table
+from common import keep_quiet, machine, table
 
 from autotimm import AutoTrainer, BackboneConfig, ImageClassifier, ImageDataModule, seed_everything
 
 PLANS: dict[str, dict[str, Any]] = {
-    "linear probe": dict(epochs=8, pretrained=True, task=dict(freeze_backbone=True, lr=3e-3)),
-    "fine-tuning": dict(epochs=8, pretrained=True, task=dict(lr=5e-4, layer_decay=0.85)),
-    "from random weights": dict(epochs=8, pretrained=False, task=dict(lr=1e-3)),
+    "linear probe": dict(epochs=4, pretrained=True, task=dict(freeze_backbone=True, lr=3e-3)),
+    "fine-tuning": dict(epochs=5, pretrained=True, task=dict(lr=5e-4, layer_decay=0.85)),
+    "from random weights": dict(epochs=5, pretrained=False, task=dict(lr=1e-3)),
 }
 
 
@@ -50,15 +48,14 @@ def main() -> None:
     if not (args.data / "ants_bees").is_dir():
         print(f"No photos at {args.data / 'ants_bees'}: give the folder that holds them with --data.")
         sys.exit(0)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    keep_quiet()
+    print(machine() + "\n", flush=True)
     rows = []
     for name in args.plan or PLANS:
         found = [run(name, args.data, seed) for seed in range(args.seeds)]
         accuracies = ", ".join(f"{a:.1%}" for a, _ in found)
         rows.append([name, PLANS[name]["epochs"], accuracies, f"{min(a for a, _ in found):.1%}",
                      f"{max(s for _, s in found):.0f}"])
-    print(machine() + "\n")
     print(table(rows, ["plan", "epochs", "validation accuracy, last epoch, by seed", "worst", "seconds, slowest"]))
 
 

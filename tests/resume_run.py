@@ -61,6 +61,7 @@ def main(s: dict) -> None:
     val = DataLoader(patterns(32, 2), 16, num_workers=s.get("workers", 0))
     limits = {"max_steps": s["steps"]} if "steps" in s else {"max_epochs": s.get("epochs", 4)}
     callbacks = [pl.callbacks.EarlyStopping("val/loss", patience=50)] + ([Kill(*s["kill"])] if s.get("kill") else [])
+    if s.get("ema"): callbacks.append(pl.callbacks.EMAWeightAveraging(decay=0.8))
     tuner = TunerConfig(True, True, {"num_training": 12, "min_lr": 1e-4, "max_lr": 0.1}, {"max_val": 32, "steps_per_trial": 1}) if s.get("tune") else None
     pl.seed_everything(0 if not s.get("resume") else 99, verbose=False)      # another state: all must come from the file
     trainer = AutoTrainer(**limits, default_root_dir=s["root"], callbacks=callbacks, tuner_config=tuner, devices=s.get("devices", 1),

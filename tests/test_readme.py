@@ -43,7 +43,7 @@ def test_every_example_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(autotimm.AutoTrainer, "__init__", limited)
     tuner = autotimm.TunerConfig.__init__
     monkeypatch.setattr(autotimm.TunerConfig, "__init__",
-                        lambda self, **kw: tuner(self, **{**kw, "lr_find_kwargs": {"num_training": 8}}))
+                        lambda self, *a, **kw: tuner(self, *a, **{**kw, "lr_find_kwargs": {"num_training": 8}}))
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len(blocks) == 4
     space: dict = {}

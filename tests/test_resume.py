@@ -44,7 +44,7 @@ def assert_same(folder: Path) -> tuple[dict, dict]:
 CASES = {
     "plain": {}, "workers": {"workers": 2}, "own_sampler": {"workers": 2, "sampler": True, "draws": True},
     "plateau": {"schedule": "plateau"}, "rare_validation": {"schedule": "plateau", "every": 2},
-    "accumulate": {"schedule": "step", "accumulate": 3, "seed": 7}, "max_steps": {"steps": 14, "draws": True},
+    "accumulate": {"schedule": "step", "accumulate": 3, "seed": 7}, "max_steps": {"steps": 14, "draws": True}, "ema": {"ema": True},
     "tuned": {"tune": True, "kill": (2, 0)},
 }
 

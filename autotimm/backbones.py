@@ -89,6 +89,9 @@ def _check_config(cfg: _Config) -> None:
     if not isinstance(cfg.extra_kwargs, Mapping):
         raise TypeError(f"extra_kwargs must be a dict, got {type(cfg.extra_kwargs).__name__}: {cfg.extra_kwargs!r}.")
     _check_size(cfg.extra_kwargs.get("img_size"))
+    channels = cfg.extra_kwargs.get("in_chans", 3)
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"in_chans must be a positive int, got {channels!r}.")
     classes = getattr(cfg, "num_classes", 0)
     if not isinstance(classes, int) or classes < 0: raise ValueError(f"num_classes must be 0 or more, got {classes!r}.")
 
@@ -687,7 +690,7 @@ class Backbone(_Base):
         stated = getattr(self.model, "num_features", None)
         if self.library == "module" and stated != self.num_features:
             raise ValueError(f"{self.name} says num_features={stated!r} and gives {self.num_features}. Set it to what "
-                             "forward returns.")
+                             "forward returns; build a timm model with num_classes=0.")
         self._freeze_unused([out])
 
     def forward(
@@ -1162,6 +1165,7 @@ def _with_overrides(cfg: _Config, overrides: Mapping[str, Any]) -> _Config:
 @torch.inference_mode(False)
 def _build(what: Any, overrides: Mapping[str, Any], config_class: type) -> _Built:
     "A network from anything that stands for one."
+    if isinstance(what, os.PathLike): what = f"local-dir:{os.fspath(what)}"
     if isinstance(what, (BackboneConfig, FeatureBackboneConfig)): cfg = _with_overrides(what, overrides)
     else: cfg = _with_overrides(config_class(model_name=what if isinstance(what, str) else ""), overrides)
     _check_config(cfg)

@@ -19,17 +19,15 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
 from lightning_fabric.utilities.warnings import PossibleUserWarning
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../nbs/18_callbacks.ipynb #c95db3bc
 def in_notebook() -> bool:                           # False in a terminal
@@ -69,7 +67,7 @@ def say(
     if is_rank_zero(): print(text)
 
 def show(
-    figure: "Figure",                                # to be seen in a notebook
+    figure: Figure,                                # to be seen in a notebook
 ) -> None:
     "Show a figure in a notebook; nowhere else."
     if in_notebook():

@@ -42,7 +42,7 @@ class LoggerConfig:
         if not isinstance(self.backend, str) or not self.backend.strip():
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
         self.backend = self.backend.strip().lower()
-        lookup(BACKENDS, self.backend, Logger)
+        lookup(BACKENDS, self.backend, "Logger")
         if not isinstance(self.params, dict):
             raise TypeError(f"params must be a dict of arguments, got {type(self.params).__name__}: {self.params!r}.")
 

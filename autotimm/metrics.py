@@ -173,7 +173,7 @@ def _scalars(
     elif isinstance(value, Tensor) and value.ndim == 1:
         labels = class_names if len(class_names) == len(value) else [str(i) for i in range(len(value))]
         yield name, value.float().nanmean()
-        for label, v in zip(labels, value): yield f"{name}_{label}", v
+        for label, v in zip(labels, value.float()): yield f"{name}_{label}", v
 
 # %% ../nbs/07_metrics.ipynb #ca271d19
 def _hard_target(
@@ -304,8 +304,12 @@ class MetricManager(nn.Module):
             elif wants == "preds": given = _hard_prediction(probs, self.task, self.threshold)
             elif logits is None: raise ValueError(f"Metric {name!r} wants logits, and update() was given none.")
             else: given = logits
-            if config.log_on_step: steps[f"{stage}/{name}_step"] = metric(given, target)
-            else: metric.update(given, target)
+            try:
+                if config.log_on_step: steps[f"{stage}/{name}_step"] = metric(given, target)
+                else: metric.update(given, target)
+            except (TypeError, ValueError, RuntimeError) as e:
+                raise type(e)(f"Metric {name!r} ({type(metric).__name__}) cannot measure predictions {tuple(given.shape)} against targets "
+                              f"{tuple(target.shape)}, got: {str(e).splitlines()[0]} Choose a metric for task={self.task!r}, or see `wants`.") from e
         return {k: v for name, value in steps.items() for k, v in _scalars(name, value, self.class_names)}
 
     def compute(

@@ -131,7 +131,10 @@ def _optimizer_class(
     allow: Collection[str] | None,              # modules a dotted path may come from
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     "The class of a name or dotted path, and timm's default arguments for it."
-    if "." in path: return import_object(path, allow=allow), {}
+    if "." in path:
+        cls = import_object(path, allow=allow)
+        if not (isinstance(cls, type) and issubclass(cls, Optimizer)): raise ValueError(f"{path!r} is no class of optimisers (torch.optim.Optimizer).")
+        return cls, {}
     listed = list_optimizers()
     if name in listed["torch"]: return _torch_optimizers()[name], {}
     if name in listed["timm"]:
@@ -394,6 +397,8 @@ def _scheduler_class(
         names = [*known, *_SHAPES]
         raise ValueError(not_found("Scheduler", path, names, f"list_schedulers() lists all {len(names)}."))
     cls = import_object(path, allow=allow)
+    if not (isinstance(cls, type) and all(hasattr(cls, o) for o in ("step", "state_dict"))):
+        raise ValueError(f"{path!r} is no class of schedulers (with step() and state_dict()).")
     listed = known.get(cls.__name__.lower())
     return cls, listed[2] if listed and getattr(listed[0], listed[1]) is cls else "epoch"
 

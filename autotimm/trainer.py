@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import (Callback, EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar,
                                          RichModelSummary, RichProgressBar, TQDMProgressBar)
 from pytorch_lightning.loggers import Logger
@@ -36,9 +37,6 @@ from .core import inherit_signature, near_matches, require, seed_everything
 from .loggers import LoggerConfig, LoggerManager, logger_state, restart_logger
 from .tuning import (BatchSizeResult, Data, LearningRateResult, SizedSource, TunerConfig, find_rate, find_size,
                              scale_model_rate, set_highest_rates, set_size, wants_rate, wants_size)
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../nbs/21_trainer.ipynb #0069f6c5
 @dataclass
@@ -359,7 +357,7 @@ class AutoTrainer(pl.Trainer):
     def plot_history(
         self,
         names: Iterable[str] | None = None,                  # quantities, e.g. ['loss']; None: all
-    ) -> "Figure":                                           # one panel a quantity
+    ) -> Figure:                                           # one panel a quantity
         "The curves of the latest fit."
         from autotimm.viz import plot_curves
         if not self.history: raise ValueError("There is no history yet: it begins with the first epoch of fit().")

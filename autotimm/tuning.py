@@ -22,10 +22,11 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
 from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -36,9 +37,6 @@ from torchmetrics import Metric
 
 from .checkpoints import loader_states, random_states, set_loader_states, set_random_states
 from .core import has_module, not_found
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../nbs/20_tuning.ipynb #da008cb4
 LR_DEFAULTS: dict[str, Any] = dict(min_lr=1e-7, max_lr=1.0, num_training=100, mode="exponential", early_stop_threshold=4.0)
@@ -396,9 +394,8 @@ class LearningRateResult:
         self,
         width: float = 4.5,                          # inches
         height: float = 2.8,                         # inches
-    ) -> "Figure":                                   # loss against rate
+    ) -> Figure:                                   # loss against rate
         "The loss against the learning rate, with the suggestion marked."
-        from matplotlib.figure import Figure
         figure = Figure(figsize=(width, height), layout="constrained", dpi=70)
         axes = figure.add_subplot()
         axes.plot(self.lrs, self.losses, alpha=0.3, label="loss")
@@ -575,9 +572,8 @@ class BatchSizeResult:
         self,
         width: float = 4.5,                          # inches
         height: float = 2.8,                         # inches
-    ) -> "Figure":                                   # memory against size
+    ) -> Figure:                                   # memory against size
         "The memory that each size took, with the limit and the suggestion marked."
-        from matplotlib.figure import Figure
         figure = Figure(figsize=(width, height), layout="constrained", dpi=70)
         axes = figure.add_subplot()
         points = sorted(zip(self.sizes, self.memory))

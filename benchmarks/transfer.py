@@ -52,7 +52,10 @@ def main() -> None:
     print(machine() + "\n", flush=True)
     rows = []
     for name in args.plan or PLANS:
-        found = [run(name, args.data, seed) for seed in range(args.seeds)]
+        found = []
+        for seed in range(args.seeds):
+            found.append(run(name, args.data, seed))
+            print(f"{name}, seed {seed}: {found[-1][0]:.1%} in {found[-1][1]:.0f} s", file=sys.stderr, flush=True)
         accuracies = ", ".join(f"{a:.1%}" for a, _ in found)
         rows.append([name, PLANS[name]["epochs"], accuracies, f"{min(a for a, _ in found):.1%}",
                      f"{max(s for _, s in found):.0f}"])

@@ -247,6 +247,19 @@ def test_a_second_model_is_trained_in_full(make, tmp_path):
     assert len(list(tmp_path.rglob("metrics.csv"))) == 2 and all(o.read_text() == t for o, t in logs.items())
 
 
+def test_every_logger_begins_another_run_for_a_second_model(make, tmp_path, monkeypatch):
+    import sqlite3
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    configs = [LoggerConfig("tensorboard", {"save_dir": str(tmp_path / "tb")}), LoggerConfig("mlflow", {"experiment_name": "e", "save_dir": str(tmp_path / "ml")}),
+               LoggerConfig("wandb", {"project": "p", "save_dir": str(tmp_path / "wb"), "offline": True, "mode": "offline"})]
+    trainer = make(logger=configs, max_epochs=1, log_every_n_steps=1)
+    for _ in range(2): trainer.fit(Full(), *loaders())
+    for logger in trainer.loggers: logger.finalize("success")
+    runs = sqlite3.connect(tmp_path / "ml" / "mlflow.db").execute("select run_uuid, count(*) from metrics group by run_uuid").fetchall()
+    assert len(runs) == 2 and runs[0][1] == runs[1][1] > 0
+    assert len(list((tmp_path / "tb").rglob("events.*"))) == 2 and len(list((tmp_path / "wb").rglob("*.wandb"))) == 2
+
+
 def test_a_second_model_trains_as_on_a_new_trainer(make):
     def train(trainer, seed):
         pl.seed_everything(seed, verbose=False)

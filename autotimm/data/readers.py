@@ -143,7 +143,7 @@ def split_indices(
     seed: int = 0,                  # of the shuffle
 ) -> tuple[list[int], list[int]]:   # (kept, held out), each in order
     "A seeded, stratified split of the indices."
-    if isinstance(fraction, bool) or not 0 <= fraction < 1: raise ValueError(f"val_split must lie in [0, 1), got {fraction!r}.")
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1: raise ValueError(f"val_split must lie in [0, 1), got {fraction!r}.")
     n = len(labels)
     if fraction == 0 or n < 2: return list(range(n)), []
     groups: dict[Hashable, list[int]] = {}
@@ -234,21 +234,31 @@ def read_table(
     "The columns of a CSV file (commas, semicolons or tabs) or data frame. Raises `ValueError` for one without rows."
     if not isinstance(table, (str, os.PathLike)):
         if not hasattr(table, "columns"): raise TypeError(f"Expected the path of a CSV file or a data frame, got {type(table).__name__}.")
-        columns, name = {str(c): list(table[c]) for c in table.columns}, "the data frame"
+        name = "the data frame"
+        _refuse_twice([str(c) for c in table.columns], name)
+        columns = {str(c): list(table[c]) for c in table.columns}
     else:
         name = repr(str(table))
         if not Path(table).is_file(): raise ValueError(f"The CSV file {name} does not exist.")
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            rows = list(csv.reader(file, delimiter=max(",;\t", key=first.count)))
-        rows = [row for row in rows if row]
+        try: text = Path(table).read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as e: raise ValueError(f"{name} is not encoded as UTF-8 ({e}). Save it as UTF-8.") from e
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=text.partition("\n")[0].count)))
+        rows = [row for row in rows if any(o.strip() for o in row)]
         if not rows: raise ValueError(f"{name} is empty.")
         if bad := next((i for i, row in enumerate(rows) if len(row) != len(rows[0])), None):
             raise ValueError(f"Row {bad + 1} of {name} has {len(rows[bad])} values, but the header has {len(rows[0])}: {rows[bad]!r}.")
-        columns = {c.strip(): [row[i].strip() for row in rows[1:]] for i, c in enumerate(rows[0])}
+        header = [c.strip() for c in rows[0]]
+        if Path(header[0]).suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(f"The first row of {name} is an image ({header[0]!r}), not the names of the columns. Put a row such as image,label above it.")
+        _refuse_twice(header, name)
+        columns = {c: [row[i].strip() for row in rows[1:]] for i, c in enumerate(header)}
     if not columns or not len(next(iter(columns.values()))): raise ValueError(f"There are no rows in {name}.")
     return columns, name
+
+def _refuse_twice(header: Sequence[str], table: str) -> None:
+    "Raise `ValueError` for two columns of one name."
+    twice = [c for c, n in Counter(header).items() if c and n > 1]
+    if twice: raise ValueError(f"{table} has several columns called {', '.join(map(repr, twice))}. Rename or drop all but one.")
 
 def pick_column(
     columns: Mapping[str, Any],     # column -> values
@@ -271,7 +281,9 @@ def label_text(
     value: Any,               # a label in a table
 ) -> str:                     # '' for none
     "A label as text: 3, 3.0 and '3' are one class, and what is missing is ''."
-    if value is None or (isinstance(value, (float, np.floating)) and not np.isfinite(value)): return ""
+    # pandas has missing values of its own: NA, NaT.
+    if value is None or type(value).__name__ in ("NAType", "NaTType"): return ""
+    if isinstance(value, (float, np.floating)) and not np.isfinite(value): return ""
     if isinstance(value, (float, np.floating)) and float(value).is_integer(): return str(int(value))
     return str(value).strip()
 
@@ -304,6 +316,7 @@ def read_csv_split(
     columns, name = read_table(table)
     image = pick_column(columns, image_column, name, skip=[label_column] if label_column else [])
     label = pick_column(columns, label_column, name, skip=[image])
+    if label == image: raise ValueError(f"Column {image!r} of {name} cannot be both the image and the label.")
     labels = [label_text(o) for o in columns[label]]
     if "" in labels: raise ValueError(f"Row {labels.index('') + 1} of {name} has no label in column {label!r}.")
     sources = _image_sources(columns[image], image_root(table, image_dir, columns[image], fallback), name)
@@ -329,7 +342,7 @@ def _zero_one(columns: Mapping[str, Sequence[Any]], names: Sequence[str], table:
     out = np.zeros((len(columns[names[0]]), len(names)), np.float32)
     for j, name in enumerate(names):
         for i, value in enumerate(columns[name]):
-            text = label_text(value).lower()
+            text = label_text(value).lower().removesuffix(".0")
             if text not in ("0", "1", "true", "false"):
                 raise ValueError(f"Row {i + 1} of {table} has {value!r} in label column {name!r}; expected 0 or 1. "
                                  "Name the label columns with label_columns=.")
@@ -346,11 +359,12 @@ def read_multilabel_split(
 ) -> tuple[list[Sample], list[str]]:                 # samples with (L,) float32 targets, and the L label names
     "The samples of a table with several labels an image. Raises `ValueError` for unknown labels and for what is not 0 or 1."
     columns, name = read_table(table)
+    if isinstance(label_columns, str): label_columns = [label_columns]
     image = pick_column(columns, image_column, name)
     for column in label_columns or []: pick_column(columns, column, name)
     names = list(label_columns) if label_columns else [c for c in columns if c and c != image and not c.startswith("Unnamed:")]
     if not names: raise ValueError(f"There are no label columns in {name}: {', '.join(map(repr, columns))}.")
-    is_list = len(names) == 1 and any(label_text(o).lower() not in ("0", "1", "true", "false") for o in columns[names[0]])
+    is_list = len(names) == 1 and any(label_text(o).lower().removesuffix(".0") not in ("0", "1", "true", "false") for o in columns[names[0]])
     if is_list:
         lists = _label_lists(columns[names[0]], name)
         names = list(class_names) if class_names is not None else sort_labels(o for row in lists for o in row)
@@ -564,7 +578,7 @@ class SampleDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         try: image = self.load(index)
         except BadImageError as e:
-            name, cause = self.samples[index].name, str(e.__cause__)
+            name, cause = self.samples[index].name, str(e.__cause__).rstrip(".")
             if self.bad_images.on_bad_image == "raise":
                 raise BadImageError(f"Image {name!r} of the {self.split} data cannot be read: {cause}. Repair or remove it, or pass "
                                     'on_bad_image="skip" or "report".') from e

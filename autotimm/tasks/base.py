@@ -65,7 +65,7 @@ class StoredModule(pl.LightningModule):
         **kwargs: Any,                              # constructor arguments that win over the file's
     ):                                              # the model, in eval mode
         "The model of a checkpoint: no network, no other argument, `weights_only=True`."
-        kwargs.setdefault("allow", [*TRUSTED_MODULES, *allow])
+        kwargs.setdefault("allow", [*TRUSTED_MODULES, *([allow] if isinstance(allow, str) else allow)])
         if "num_classes" in kwargs: kwargs.setdefault("class_names", None)
         model = super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
         return model.eval()
@@ -117,6 +117,8 @@ class TrainableModule(StoredModule):
         if seed is not None: seed_everything(seed, deterministic=deterministic)
         elif deterministic: torch.use_deterministic_algorithms(True)
         check_rates(lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, ema_decay=ema_decay)
+        check_recipe("optimizer", optimizer, optimizer_kwargs)
+        if scheduler is not None: check_recipe("scheduler", scheduler, scheduler_kwargs)
         if unfreeze_after is not None and (not isinstance(unfreeze_after, int) or unfreeze_after < 1):
             raise ValueError(f"unfreeze_after must be an epoch from 1 on, got {unfreeze_after!r}.")
         refuse_note("backbone", backbone)
@@ -131,7 +133,7 @@ class TrainableModule(StoredModule):
             unfreeze_after=unfreeze_after, ema_decay=ema_decay, grad_checkpointing=grad_checkpointing,
             compile_model=compile_model, compile_kwargs=compile_kwargs)
         self.lr = lr
-        self._allow = None if allow is None else tuple(allow)
+        self._allow = None if allow is None else (allow,) if isinstance(allow, str) else tuple(allow)
         self.frozen = False
         self._learns = {n for n, p in self.backbone.named_parameters() if p.requires_grad}
         if freeze_backbone: self.freeze_backbone()
@@ -210,6 +212,12 @@ def check_rates(lr: float | str, weight_decay: float, layer_decay: float | None,
         if value is not None and not (number(value) and 0 < value <= 1):
             raise ValueError(f"{name} must lie above 0 and not above 1, got {value!r}.")
 
+def check_recipe(name: str, recipe: Any, kwargs: Any) -> None:
+    "Raise `TypeError` for an optimiser or scheduler that is neither named nor described."
+    if not isinstance(recipe, (str, Mapping)):
+        raise TypeError(f"{name} must be a name of list_{name}s() or {{'class': 'dotted.path', 'params': {{...}}}}, got {recipe!r}.")
+    if not isinstance(kwargs, (Mapping, type(None))): raise TypeError(f"{name}_kwargs must be a dict, got {kwargs!r}.")
+
 def training_length(trainer: pl.Trainer) -> dict[str, Any]:
     "Steps and epochs that a trainer is going to run."
     steps = trainer.estimated_stepping_batches
@@ -285,6 +293,7 @@ class VisionTask(TrainableModule):
     ):
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes must be an int from 1 on, got {num_classes!r}.")
+        if isinstance(class_names, str): raise TypeError(f"class_names must be a list of names, got {class_names!r}.")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names holds {len(class_names)} names for {num_classes} classes: {list(class_names)}.")
         metric_configs = as_metric_configs(metrics)
@@ -320,6 +329,7 @@ class VisionTask(TrainableModule):
         "Images (PIL, list of PIL, HWC or BHWC uint8 array) as a normalised batch (B, C, H, W); a tensor is only batched."
         if isinstance(images, Tensor): return images if images.ndim == 4 else images[None]
         many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
+        if many and not len(images): raise ValueError("There is no image to preprocess: got an empty list.")
         transform, channels = TransformAdapter(self.get_transform(is_train)), self.data_config["input_size"][0]
         return torch.stack([transform(to_uint8_image(o, channels)) for o in (images if many else [images])])
 

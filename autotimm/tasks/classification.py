@@ -51,12 +51,15 @@ class ImageClassifier(VisionTask):
         cutmix_alpha: float = 0.0,                      # 0: off; with both, one of the two for each batch
         **kwargs: Any,
     ):
-        if not 0 < threshold < 1: raise ValueError(f"threshold must lie between 0 and 1, got {threshold!r}.")
-        if min(mixup_alpha, cutmix_alpha) < 0:
-            raise ValueError(f"mixup_alpha and cutmix_alpha must be from 0 on, got {mixup_alpha!r} and {cutmix_alpha!r}.")
+        if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, got {threshold!r}.")
+        if any(not isinstance(o, (int, float)) or not 0 <= o < float("inf") for o in (mixup_alpha, cutmix_alpha)):
+            raise ValueError(f"mixup_alpha and cutmix_alpha must be numbers from 0 on, got {mixup_alpha!r} and {cutmix_alpha!r}.")
         refuse_note("loss_fn", loss_fn)
         if class_weights is not None:
-            class_weights = torch.as_tensor(class_weights, dtype=torch.float32).tolist()
+            try: class_weights = torch.as_tensor(class_weights, dtype=torch.float32).flatten().tolist()
+            except (TypeError, ValueError) as e:
+                raise TypeError(f"class_weights must be {num_classes} numbers, got {class_weights!r}.") from e
             if len(class_weights) != num_classes:
                 raise ValueError(f"class_weights holds {len(class_weights)} weights for {num_classes} classes.")
         loss = create_loss(loss_fn, multi_label=multi_label, label_smoothing=label_smoothing, class_weights=class_weights)
@@ -86,15 +89,20 @@ class ImageClassifier(VisionTask):
     def compute(self, batch: Any, stage: str) -> Step:
         "Loss, probabilities and targets; a mixed batch is measured against the label with the larger share."
         if stage not in self._checked:
-            check_batch(batch, self.num_classes, self.multi_label)
+            check_batch(batch, self.num_classes, self.multi_label, int(self.data_config["input_size"][0]))
             self._checked.add(stage)
         x, y = batch
+        if not self.multi_label: y = y.long()
         target = y
         if stage == "train" and self.mixup is not None:
             x, target = mix_batch(x, y if self.multi_label else F.one_hot(y, self.num_classes).to(x.dtype), self.mixup)
             y = (target > 0.5).to(y.dtype) if self.multi_label else target.argmax(-1)
         logits = self(x)
-        loss = self.loss_fn(logits, target)
+        try: loss = self.loss_fn(logits, target)
+        except IndexError:
+            # A label out of range in a later batch than the one that was looked at.
+            check_batch(batch, self.num_classes, self.multi_label)
+            raise
         scores = self.probabilities(logits.detach())
         if stage == "val": self._keep_for_figures(x, scores, y)
         return Step({"loss": loss}, scores, y, len(x), logits.detach())
@@ -128,19 +136,24 @@ class ImageClassifier(VisionTask):
         return found
 
 # %% ../../nbs/16_tasks_classification.ipynb #8e4bccfb
-def check_batch(batch: Any, num_classes: int, multi_label: bool) -> None:
+def check_batch(batch: Any, num_classes: int, multi_label: bool, channels: int | None = None) -> None:
     "Raise `ValueError` if a batch is not `(images, labels)` as the classifier needs them."
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(o, Tensor) for o in batch)):
         raise ValueError(f"A batch must be a pair (images, labels) of tensors, got {type(batch).__name__}.")
     x, y = batch
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"Images must be float (B, C, H, W), got {x.dtype} {tuple(x.shape)}.")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"Images must be (B, C, H, W) with {channels} channels, as the backbone takes, got {tuple(x.shape)}. "
+                         "Change the data, or build the model with in_chans=.")
     if multi_label:
         if tuple(y.shape) != (len(x), num_classes):
             raise ValueError(f"Labels must be 0/1 of shape {(len(x), num_classes)} with multi_label=True, got {tuple(y.shape)}.")
+        if len(y) and not 0 <= float(y.min()) <= float(y.max()) <= 1:
+            raise ValueError(f"Labels must be from 0 to 1 with multi_label=True, got {float(y.min()):g} to {float(y.max()):g}.")
     elif y.ndim != 1 or y.is_floating_point():
         raise ValueError(f"Labels must be class ids (B,) int64, got {y.dtype} {tuple(y.shape)}. "
                          "For several labels an image build the model with multi_label=True.")
     elif len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
-        raise ValueError(f"Labels must lie in 0..{num_classes - 1}, got {int(y.min())}..{int(y.max())}: "
-                         f"build the model with num_classes={int(y.max()) + 1} or more.")
+        way_out = "ids count from 0, so none may be negative" if y.min() < 0 else f"build the model with num_classes={int(y.max()) + 1} or more"
+        raise ValueError(f"Labels must lie in 0..{num_classes - 1}, got {int(y.min())}..{int(y.max())}: {way_out}.")

@@ -130,7 +130,7 @@ def import_object(
         raise ValueError(f"{path!r} is not a dotted path to a class, such as 'torch.optim.AdamW'.")
     if allow is not None and module.split(".")[0] not in (allow := tuple(allow)):
         raise UntrustedImportError(f"{path!r} is not imported: a class named in a checkpoint or repository must come from "
-                                   f"{', '.join(allow)}. If you trust it, pass the object itself or extend the allow-list.")
+                                   f"{', '.join(allow)}. If you trust it, pass the object itself, or allow={[module.split('.')[0]]!r} beside it.")
     try: return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e: raise ValueError(f"{path!r} cannot be imported: {e}.") from e
 

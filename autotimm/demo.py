@@ -84,7 +84,7 @@ class OwnClassifier(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None: self._step(batch, "val")
     def test_step(self, batch: Any, batch_idx: int) -> None: self._step(batch, "test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
@@ -203,7 +203,7 @@ def draw_predictions(
     said = [r.predicted for r in results]
     titles = [f"{names[y]}: " + " ".join(names[o[i]] for o in said) for i, y in enumerate(labels)]
     colors = ["black" if all(o[i] == y for o in said) else "crimson" for i, y in enumerate(labels)]
-    config = data.data_config
+    config: Any = data.data_config
     figure = show_images(batch, titles, config["mean"], config["std"], max_images=len(batch), colors=colors)
     with atomic_path(path) as p: figure.savefig(p, format="png")
 
@@ -253,7 +253,7 @@ def run_demo(
         module = ImageDataModule(folder, batch_size=32, image_size=32 if backbone is None else None,
                                  augmentation_preset="light" if data is None else None)
         module.setup("fit")
-        say(module.summary())
+        say(str(module.summary()))
         results = []
         for route in routes:
             say(f"\nRoute {route.name}: {route.how}")

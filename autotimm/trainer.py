@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import RunningStage, TrainerFn
 from pytorch_lightning.utilities.compile import _maybe_unwrap_optimized
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from .callbacks import (FlatName, JsonProgressCallback, SaveIfLogged, back_to_start, in_notebook, is_rank_zero,
                                 missing_metrics, quiet, remember_start, say, show, watched_metrics)
 from .checkpoints import (LAST_NAME, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_folders, find_last,
-                                  hide_folders, loader_states, new_run_folder, random_states, set_loader_states,
+                                  hide_folders, loader_states, named_errors, new_run_folder, random_states, set_loader_states,
                                   set_random_states)
 from .core import inherit_signature, near_matches, require, seed_everything
 from .loggers import LoggerConfig, LoggerManager, logger_state, restart_logger
@@ -115,9 +117,12 @@ class RunState(Callback):
         loader = trainer.fit_loop._combined_loader
         mine = {"random": random_states(), "loaders": [loader_states(o) for o in (loader.flattened if loader is not None else ())]}
         metrics = {k: v.detach().cpu() for k, v in trainer._logger_connector._callback_metrics.items() if isinstance(v, torch.Tensor)}
-        tuned = trainer._tuned
+        tuned, history = trainer._tuned, [dict(o) for o in trainer.history]
+        if self.val_fresh and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:      # resuming will not come back to this epoch
+            history.append({"epoch": trainer.current_epoch, "step": trainer.global_step,
+                            **{k: float(v) for k, v in metrics.items() if k in self.val_names}})
         checkpoint["autotimm"] = {
-            "processes": _gathered(mine), "metrics": metrics, "history": [dict(o) for o in trainer.history],
+            "processes": _gathered(mine), "metrics": metrics, "history": history,
             "val_names": sorted(self.val_names), "tuned": {"batch_size": tuned.batch_size, "factor": tuned.factor, "rates": tuned.rates}}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -160,6 +165,13 @@ class RunLoop(_FitLoop):
         super().__init__(trainer, min_epochs, max_epochs)
         self._data_source = SizedSource(None, "train_dataloader")
         self._ask_anew = False
+
+    def setup_data(self) -> None:
+        "Lightning's; training data without a batch is an error."
+        super().setup_data()
+        if self.max_batches == 0 and self.trainer.limit_train_batches != 0:
+            raise ValueError("The training data has no batches: it is empty, or smaller than a batch, with drop_last=True. "
+                             "Look at its data set and batch_size.")
 
     def reset(self) -> None:
         "A checkpoint that was written between two epochs resumes neither of them."
@@ -234,8 +246,21 @@ def _tuner(tuner_config: Any) -> TunerConfig | bool | None:
     if tuner_config is None or tuner_config is False or isinstance(tuner_config, TunerConfig): return tuner_config
     raise TypeError(f"tuner_config must be a TunerConfig, True, False or None, got {type(tuner_config).__name__}: {tuner_config!r}.")
 
+def _check_values(max_epochs: Any, seed: Any, monitor: Any, mode: Any) -> None:
+    "Raise an error that says what was expected for values that would fail later, or quietly become others."
+    def whole(value: Any) -> bool: return isinstance(value, Integral) and not isinstance(value, bool)
+    if max_epochs is not None and not whole(max_epochs):
+        raise TypeError(f"max_epochs must be a whole number, -1 (no limit) or None, got {type(max_epochs).__name__}: {max_epochs!r}.")
+    if seed is not None and not (whole(seed) and 0 <= seed < 2**32):
+        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, or None, got {seed!r}.")
+    if monitor is not None and not (isinstance(monitor, str) and monitor):
+        raise TypeError(f"checkpoint_monitor must be the name of a metric, or None to keep the last only, got {type(monitor).__name__}: {monitor!r}.")
+    if mode not in ("min", "max"): raise ValueError(f"checkpoint_mode must be 'min' or 'max', got {mode!r}.")
+
 def _callbacks(given: Any, progress_bar: str, others: dict[str, Any]) -> list[Callback]:
     "The user's callbacks in a list of our own, with a progress bar and a summary in the style asked for."
+    if given is not None and not isinstance(given, (Callback, Iterable)):
+        raise TypeError(f"callbacks must be a list of Lightning callbacks, got {type(given).__name__}: {given!r}.")
     callbacks = [given] if isinstance(given, Callback) else list(given or [])
     for one in callbacks:
         if not isinstance(one, Callback): raise TypeError(f"callbacks must hold Lightning callbacks, got {type(one).__name__}: {one!r}.")
@@ -294,6 +319,7 @@ class AutoTrainer(pl.Trainer):
         **trainer_kwargs: Any,                               # every other argument of pl.Trainer
     ) -> None:
         _check_names(trainer_kwargs)
+        _check_values(max_epochs, seed, checkpoint_monitor, checkpoint_mode)
         bare = bool(trainer_kwargs.get("barebones"))
         self._tuner = _tuner(tuner_config)
         self._seeding = (seed, use_autotimm_seeding, bool(deterministic))
@@ -376,20 +402,21 @@ class AutoTrainer(pl.Trainer):
         "Search what is to be searched, then train."
         model = _checked_model(model, "fit")
         if isinstance(train_dataloaders, pl.LightningDataModule): datamodule, train_dataloaders = train_dataloaders, None
-        _check_data(train_dataloaders, val_dataloaders, datamodule)
+        _check_data("train_dataloaders", train_dataloaders, val_dataloaders, datamodule)
+        _check_any("fit", "train_dataloader", model, train_dataloaders, datamodule)
         data = Data(train_dataloaders, val_dataloaders, datamodule)
         with quiet():
             path = self._resume_path(ckpt_path)
             self._begin(model, path)
             try:
-                _tune(self, model, data, path)
+                _tune(self, model, data, path, weights_only)
                 super().fit(model, data.train, data.val, data.datamodule, path, weights_only=weights_only)
             finally: self._end()
 
     def validate(self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
                  datamodule: pl.LightningDataModule | None = None, weights_only: bool | None = None) -> Any:
         "Lightning's `validate`; without a model it takes the best checkpoint of the latest fit."
-        model, path = self._evaluated(model, dataloaders, ckpt_path, "validate")
+        model, path = self._evaluated(model, dataloaders, datamodule, ckpt_path, "validate")
         with quiet(): return super().validate(model, dataloaders, path, verbose, datamodule, weights_only=weights_only)
 
     def test(                                                # type: ignore[override]
@@ -402,13 +429,13 @@ class AutoTrainer(pl.Trainer):
         weights_only: bool | None = None,                    # Lightning's: how the file is loaded
     ) -> Any:                                                # one dict of metrics a loader
         "Test with the best checkpoint of the latest fit."
-        model, path = self._evaluated(model, dataloaders, ckpt_path, "test")
+        model, path = self._evaluated(model, dataloaders, datamodule, ckpt_path, "test")
         with quiet(): return super().test(model, dataloaders, path, verbose, datamodule, weights_only=weights_only)
 
     def predict(self, model: Any = None, dataloaders: Any = None, datamodule: pl.LightningDataModule | None = None,
                 return_predictions: bool | None = None, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         "Lightning's `predict`; without a model it takes the best checkpoint of the latest fit."
-        model, path = self._evaluated(model, dataloaders, ckpt_path, "predict")
+        model, path = self._evaluated(model, dataloaders, datamodule, ckpt_path, "predict")
         with quiet(): return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only=weights_only)
 
     def _begin(self, model: pl.LightningModule, path: str | None) -> None:
@@ -444,7 +471,11 @@ class AutoTrainer(pl.Trainer):
         if again and path is None and self.run_folder is not None:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             return self.run_folder
-        return new_run_folder(self._root) if is_rank_zero() else None
+        if not is_rank_zero(): return None
+        try: return new_run_folder(self._root)
+        except OSError as e:
+            raise OSError(e.errno, f"{e.strerror}: no folder can be made for the checkpoints. Give a default_root_dir= that can be "
+                                   "written to, or enable_checkpointing=False", e.filename) from e
 
     def _end(self) -> None:
         "Tidy up after a fit, however it ended."
@@ -454,7 +485,7 @@ class AutoTrainer(pl.Trainer):
         if folder is None or self._last is None: return
         if (folder / LAST_NAME).exists():
             self._last.best_model_path = str(folder / LAST_NAME)
-            if not self.history and self.strategy.launcher is not None: self.history = _read(folder / LAST_NAME).get("history", [])
+            if not self.history and self.strategy.launcher is not None: self.history = _read(folder / LAST_NAME, False).get("history", [])
         elif is_rank_zero() and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
         kept = [o for o in self.checkpoint_callbacks if isinstance(o, ModelCheckpoint) and o.save_top_k]
         found = [o.best_model_path for o in kept if o.best_model_path and os.path.exists(o.best_model_path)]
@@ -462,6 +493,7 @@ class AutoTrainer(pl.Trainer):
 
     def _epoch_over(self) -> None:
         "After an epoch: history, last checkpoint, warnings."
+        if self._keeper not in self.callbacks: return    # a search by one of Lightning's own finders, which takes the callbacks out
         self._keeper.epoch_over(self)
         if self._last is not None and self.run_folder is not None: self._last.save(self, self.run_folder)
 
@@ -479,10 +511,13 @@ class AutoTrainer(pl.Trainer):
             return str(last)
         return None if ckpt_path is None else str(ckpt_path)
 
-    def _evaluated(self, model: Any, dataloaders: Any, ckpt_path: Any, what: str) -> tuple[Any, str | None]:
+    def _evaluated(self, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any, what: str) -> tuple[Any, str | None]:
         "The model and the file that an evaluation is to use."
         if model is not None: model = _checked_model(model, what)
-        _check_data(dataloaders, None, None)
+        _check_data("dataloaders", dataloaders, None, datamodule)
+        runs = self.lightning_module if model is None else model
+        if runs is None: raise TypeError(f"{what}() without a model takes the one that was trained, and none was yet. Give a model.")
+        _check_any(what, {"validate": "val"}.get(what, what) + "_dataloader", runs, dataloaders, datamodule)
         if ckpt_path is None and model is None and self._fitted is not None: ckpt_path = "best"
         if ckpt_path == "last":
             if not self.last_model_path: raise FileNotFoundError(f"ckpt_path='last': this trainer has not kept one yet. Give {what}() a file.")
@@ -507,13 +542,22 @@ def _checked_model(model: Any, what: str) -> pl.LightningModule:
            if isinstance(model, torch.nn.Module) else "Give an ImageClassifier or a LightningModule of your own.")
     raise TypeError(f"AutoTrainer.{what}() trains and runs LightningModules, got {type(model).__name__}. {way}")
 
-def _check_data(train: Any, val: Any, datamodule: Any) -> None:
+def _check_data(argument: str, train: Any, val: Any, datamodule: Any) -> None:
     "Raise an error that says what to do for data that cannot be trained on."
     for data in (train, val):
-        if isinstance(data, torch.utils.data.Dataset):
+        if isinstance(data, (str, os.PathLike, type)):
+            raise TypeError(f"{argument} must be a DataLoader, a collection of them, or a data module, got {type(data).__name__}: {data!r}. "
+                            "Images of a folder: ImageDataModule(data_dir=...).")
+        inside = data.values() if isinstance(data, dict) else data if isinstance(data, (list, tuple)) else [data]
+        for data in (o for o in inside if isinstance(o, torch.utils.data.Dataset)):
             raise TypeError(f"Got a data set ({type(data).__name__}) where a loader is expected. Wrap it: DataLoader(data, batch_size=32, shuffle=True).")
     if datamodule is not None and not isinstance(datamodule, pl.LightningDataModule):
-        raise TypeError(f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}. Loaders are given as train_dataloaders=.")
+        raise TypeError(f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}: {datamodule!r}. Loaders are given as {argument}=.")
+
+def _check_any(what: str, hook: str, model: pl.LightningModule, loaders: Any, datamodule: Any) -> None:
+    "Raise a `ValueError` where there is no data at all."
+    if loaders is None and datamodule is None and not is_overridden(hook, model):
+        raise ValueError(f"{what}() was given no data. Give it a DataLoader, or datamodule=...; {type(model).__name__} has no {hook}() either.")
 
 def _warn_if_done(trainer: AutoTrainer) -> None:
     "Say so when a model that was trained to the end is given again."
@@ -525,13 +569,13 @@ def _warn_if_done(trainer: AutoTrainer) -> None:
         rank_zero_warn(f"This model was already trained to {limit} by this trainer ({epochs} epochs, {steps} steps), so 0 more follow. "
                        "Raise trainer.fit_loop.max_epochs, or use a new AutoTrainer.")
 
-def _read(path: Path | str) -> dict[str, Any]:
+def _read(path: Path | str, weights_only: bool | None) -> dict[str, Any]:
     "What `AutoTrainer` wrote into a checkpoint; empty if another wrote it."
     if not os.path.isfile(path): return {}
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("autotimm", {})
+    with named_errors(path): return torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=True).get("autotimm", {})
 
 # %% ../nbs/21_trainer.ipynb #34067cc5
-def _tune(trainer: AutoTrainer, model: pl.LightningModule, data: Data, path: str | None) -> None:
+def _tune(trainer: AutoTrainer, model: pl.LightningModule, data: Data, path: str | None, weights_only: bool | None) -> None:
     "Search what is to be searched, or take what the checkpoint says."
     module = data.datamodule
     auto_rate, auto_size = wants_rate(model), wants_size(module)
@@ -548,7 +592,7 @@ def _tune(trainer: AutoTrainer, model: pl.LightningModule, data: Data, path: str
     assert settings.batch_size_kwargs is not None
     stand_in = settings.batch_size_kwargs["init_val"]
     if trainer.fast_dev_run: _apply(trainer, _Tuned(stand_in if auto_size else None, 1.0 if auto_rate else None), model, data)
-    elif path is not None: _apply(trainer, _from_checkpoint(path, auto_rate, auto_size), model, data)
+    elif path is not None: _apply(trainer, _from_checkpoint(path, auto_rate, auto_size, weights_only), model, data)
     elif is_rank_zero(): _search(trainer, model, data, settings, rate, size)
     elif auto_size: set_size(data, stand_in)         # the first process tells the others in RunState.setup
 
@@ -585,12 +629,12 @@ def _apply(trainer: Any, tuned: _Tuned, model: pl.LightningModule, data: Data | 
     set_size(data, tuned.batch_size)
     train, val = trainer.fit_loop._data_source, trainer.fit_loop.epoch_loop.val_loop._data_source
     train.size = tuned.batch_size                    # type: ignore[attr-defined]
-    if module is None and isinstance(data.train, torch.utils.data.DataLoader):
+    if module is None and isinstance(data.train, torch.utils.data.DataLoader) and data.train.batch_size is not None:
         val.size, val.only = tuned.batch_size, data.train.batch_size  # type: ignore[attr-defined]
 
-def _from_checkpoint(path: str, auto_rate: bool, auto_size: bool) -> _Tuned:
+def _from_checkpoint(path: str, auto_rate: bool, auto_size: bool, weights_only: bool | None) -> _Tuned:
     "The values that the run which is resumed had found."
-    saved = _read(path).get("tuned") or {}
+    saved = _read(path, weights_only).get("tuned") or {}
     tuned = _Tuned(saved.get("batch_size"), saved.get("factor"), saved.get("rates"))
     for asked, value, name in ((auto_rate, tuned.factor, "lr"), (auto_size, tuned.batch_size, "batch_size")):
         if asked and value is None:

@@ -54,6 +54,10 @@ def _check(condition: bool, name: str, value: Any, expected: str) -> None:
     "Raise a `ValueError` that names the value and what was expected, unless the condition holds."
     if not condition: raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
+def _number(value: Any) -> bool:
+    "Whether a value is a number."
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 def _whole(value: Any) -> bool:
     "Whether a value is a whole number of at least 1."
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -67,18 +71,19 @@ class TunerConfig:
     batch_size_kwargs: dict[str, Any] | None = None    # mode, steps_per_trial, init_val, max_trials, max_val, memory_share
 
     def __post_init__(self) -> None:
+        for name in ("auto_lr", "auto_batch_size"): _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         lr = self.lr_find_kwargs = _merged(LR_DEFAULTS, self.lr_find_kwargs, "lr_find_kwargs")
         size = self.batch_size_kwargs = _merged(BATCH_DEFAULTS, self.batch_size_kwargs, "batch_size_kwargs")
-        _check(0 < lr["min_lr"] < lr["max_lr"], "min_lr, max_lr", (lr["min_lr"], lr["max_lr"]), "positive and in this order")
+        _check(_number(lr["min_lr"]) and _number(lr["max_lr"]) and 0 < lr["min_lr"] < lr["max_lr"], "min_lr, max_lr", (lr["min_lr"], lr["max_lr"]), "positive numbers in this order")
         _check(lr["mode"] in ("exponential", "linear"), "lr_find_kwargs['mode']", lr["mode"], "'exponential' or 'linear'")
         _check(_whole(lr["num_training"]), "num_training", lr["num_training"], "a whole number of at least 1")
         threshold = lr["early_stop_threshold"]
-        _check(threshold is None or threshold > 1, "early_stop_threshold", threshold, "above 1, or None")
+        _check(threshold is None or _number(threshold) and threshold > 1, "early_stop_threshold", threshold, "above 1, or None")
         _check(size["mode"] in ("power", "binsearch"), "batch_size_kwargs['mode']", size["mode"], "'power' or 'binsearch'")
         for name in ("steps_per_trial", "init_val", "max_trials"):
             _check(_whole(size[name]), name, size[name], "a whole number of at least 1")
         _check(size["max_val"] is None or _whole(size["max_val"]), "max_val", size["max_val"], "a whole number or None")
-        _check(0 < size["memory_share"] < 1, "memory_share", size["memory_share"], "between 0 and 1")
+        _check(_number(size["memory_share"]) and 0 < size["memory_share"] < 1, "memory_share", size["memory_share"], "a number between 0 and 1")
 
 # %% ../nbs/20_tuning.ipynb #6a109dad
 @dataclass
@@ -109,6 +114,11 @@ def resized(
     other.__dict__.update(batch_size=batch_size, batch_sampler=BatchSampler(loader.sampler, batch_size, loader.drop_last), _iterator=None)
     return other
 
+def _resizable(loader: Any) -> bool:
+    "Whether `resized` takes a loader."
+    return (isinstance(loader, torch.utils.data.DataLoader) and type(loader.batch_sampler) is BatchSampler
+            and not isinstance(loader.dataset, _IterableDataset))
+
 class SizedSource(_DataLoaderSource):
     "Where a loop gets its data from, with the batch size that was found."
     size: int | None = None                          # None: as it is
@@ -118,7 +128,7 @@ class SizedSource(_DataLoaderSource):
         "The data, its loader made again where a size is set."
         loader = super().dataloader()
         if self.size is None: return loader
-        if self.only is not None and getattr(loader, "batch_size", None) != self.only: return loader
+        if self.only is not None and (getattr(loader, "batch_size", None) != self.only or not _resizable(loader)): return loader
         return resized(loader, self.size)
 
 # %% ../nbs/20_tuning.ipynb #6aa34172

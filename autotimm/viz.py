@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from .core import not_found
+
 # %% ../nbs/09_viz.ipynb #f5c834ba
 def plain_text(
     text: object,             # anything that becomes a title or label
@@ -135,8 +137,11 @@ def plot_curves(
     for name, points in _series(history).items():
         stage, _, quantity = name.rpartition("/")
         panels.setdefault(quantity or name, {})[stage or name] = points
-    if names is not None: panels = {k: v for k, v in panels.items() if k in list(names)}
-    if not panels: raise ValueError("There is nothing to plot: the history is empty, or holds none of the names asked for.")
+    if not panels: raise ValueError("There is nothing to plot: the history holds no numbers. Log some with self.log(name, value).")
+    wanted = list(panels) if names is None else [names] if isinstance(names, str) else list(names)
+    for name in wanted:
+        if name not in panels: raise ValueError(not_found("Quantity", name, panels))
+    panels = {k: v for k, v in panels.items() if k in wanted}
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(columns * width, rows * height)

@@ -8,6 +8,8 @@ __all__ = ['plain_hparams', 'refuse_note', 'StoredModule', 'TrainableModule', 'l
 
 # %% ../../nbs/15_tasks_base.ipynb #62a4a410
 import dataclasses
+import pickle
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +69,12 @@ class StoredModule(pl.LightningModule):
         "The model of a checkpoint: no network, no other argument, `weights_only=True`."
         kwargs.setdefault("allow", [*TRUSTED_MODULES, *([allow] if isinstance(allow, str) else allow)])
         if "num_classes" in kwargs: kwargs.setdefault("class_names", None)
-        model = super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+        try: model = super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+        except (EOFError, pickle.UnpicklingError, struct.error) as e:
+            raise ValueError(f"{str(checkpoint_path)!r} cannot be read as a checkpoint; it is cut, or something else: {e}") from e
+        except TypeError as e:
+            if "required positional argument" not in str(e): raise
+            raise TypeError(f"The checkpoint {str(checkpoint_path)!r} is not of {cls.__name__}: {e}.") from e
         return model.eval()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -132,11 +139,18 @@ class TrainableModule(StoredModule):
             scheduler_kwargs=scheduler_kwargs, layer_decay=layer_decay, freeze_backbone=freeze_backbone,
             unfreeze_after=unfreeze_after, ema_decay=ema_decay, grad_checkpointing=grad_checkpointing,
             compile_model=compile_model, compile_kwargs=compile_kwargs)
-        self.lr = lr
         self._allow = None if allow is None else (allow,) if isinstance(allow, str) else tuple(allow)
         self.frozen = False
         self._learns = {n for n, p in self.backbone.named_parameters() if p.requires_grad}
         if freeze_backbone: self.freeze_backbone()
+
+    @property
+    def lr(self) -> float | str:
+        "The learning rate, as a checkpoint keeps it; 'auto' until AutoTrainer has found one."
+        return self.hparams["lr"]
+
+    @lr.setter
+    def lr(self, value: float | str) -> None: self.hparams["lr"] = value
 
     def build_backbone(self, backbone: Any, **given: Any) -> Backbone:
         "The backbone of this task; dense tasks build one with feature maps."

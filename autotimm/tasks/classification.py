@@ -61,7 +61,8 @@ class ImageClassifier(VisionTask):
             except (TypeError, ValueError) as e:
                 raise TypeError(f"class_weights must be {num_classes} numbers, got {class_weights!r}.") from e
             if len(class_weights) != num_classes:
-                raise ValueError(f"class_weights holds {len(class_weights)} weights for {num_classes} classes.")
+                raise ValueError(f"class_weights holds {len(class_weights)} weights for {num_classes} classes. Give one a class, "
+                                 "or class_weights=None.")
         loss = create_loss(loss_fn, multi_label=multi_label, label_smoothing=label_smoothing, class_weights=class_weights)
         super().__init__(backbone, num_classes, **kwargs)
         self.remember(multi_label=multi_label, threshold=threshold, loss_fn=loss_fn, head_dropout=head_dropout,

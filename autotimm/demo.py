@@ -250,7 +250,9 @@ def run_demo(
         if backbone is not None and len(routes) == 1:
             say(f"{backbone} is a timm model: route 1 loads it; routes 2 and 3 are for transformers models.")
         folder = write_digits(out / "digits") if data is None else Path(data)
+        # A worker process for each loader and epoch takes longer to start than a thousand tiny images take to read.
         module = ImageDataModule(folder, batch_size=32, image_size=32 if backbone is None else None,
+                                 num_workers=0 if data is None else None,
                                  augmentation_preset="light" if data is None else None)
         module.setup("fit")
         say(str(module.summary()))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import pytorch_lightning as pl
 import torch
@@ -509,7 +510,11 @@ class AutoTrainer(pl.Trainer):
                 raise FileNotFoundError(f"ckpt_path='last': there is no {LAST_NAME} under {os.path.relpath(self._root)}. "
                                         "Give the default_root_dir of the run that is to go on, or leave out ckpt_path to start anew.")
             return str(last)
-        return None if ckpt_path is None else str(ckpt_path)
+        if ckpt_path is None: return None
+        path = str(ckpt_path)
+        if "://" not in path and path != "hpc" and not path.startswith("registry") and not os.path.exists(path):
+            raise FileNotFoundError(f"ckpt_path={path!r}: there is no such file. Give 'last', 'best' or a checkpoint that exists.")
+        return path
 
     def _evaluated(self, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any, what: str) -> tuple[Any, str | None]:
         "The model and the file that an evaluation is to use."
@@ -572,7 +577,9 @@ def _warn_if_done(trainer: AutoTrainer) -> None:
 def _read(path: Path | str, weights_only: bool | None) -> dict[str, Any]:
     "What `AutoTrainer` wrote into a checkpoint; empty if another wrote it."
     if not os.path.isfile(path): return {}
-    with named_errors(path): return torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=True).get("autotimm", {})
+    with named_errors(path):
+        saved = torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=is_zipfile(path))
+    return saved.get("autotimm", {})
 
 # %% ../nbs/21_trainer.ipynb #34067cc5
 def _tune(trainer: AutoTrainer, model: pl.LightningModule, data: Data, path: str | None, weights_only: bool | None) -> None:

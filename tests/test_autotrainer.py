@@ -68,6 +68,13 @@ def test_the_list_of_callbacks_is_not_changed(make):
     ({"logger": [3]}, TypeError, "got int: 3"),
     ({"callbacks": ["stop"]}, TypeError, "got str: 'stop'"),
     ({"progress_bar": "fancy"}, ValueError, "'tqdm' or 'rich', got 'fancy'"),
+    ({"callbacks": 3}, TypeError, "a list of Lightning callbacks, got int: 3"),
+    ({"checkpoint_monitor": 3}, TypeError, "name of a metric, .* got int: 3"),
+    ({"checkpoint_mode": "maximum"}, ValueError, "'min' or 'max', got 'maximum'"),
+    ({"max_epochs": "3"}, TypeError, "whole number.* got str: '3'"),
+    ({"max_epochs": 2.5}, TypeError, "whole number.* got float: 2.5"),
+    ({"seed": -1}, ValueError, "from 0 to 4294967295, or None, got -1"),
+    ({"seed": "a"}, ValueError, "got 'a'"),
 ])
 def test_bad_arguments(make, arguments, error, text):
     with pytest.raises(error, match=text): make(**arguments)
@@ -78,9 +85,33 @@ def test_bad_arguments(make, arguments, error, text):
     ("resnet18", loaders(), "got str"),
     (Full(), (patterns(),), "Wrap it: DataLoader"),
     (Full(), (None, None, "data"), "datamodule must be a LightningDataModule, got str"),
+    (Full(), ("folder",), "train_dataloaders must be a DataLoader.* got str: 'folder'. Images of a folder: ImageDataModule"),
+    (Full(), (pl.LightningDataModule,), "got type"),
+    (Full(), ([patterns()],), "Got a data set .TensorDataset."),
+    (Full(), ({"a": patterns()},), "Got a data set .TensorDataset."),
 ])
 def test_bad_models_and_data(make, model, data, text):
     with pytest.raises(TypeError, match=text): make().fit(model, *data)
+
+
+def test_no_data_is_an_error(make, tmp_path):
+    with pytest.raises(ValueError, match="fit.. was given no data.*no train_dataloader"): make().fit(Full())
+    with pytest.raises(ValueError, match="test.. was given no data.*no test_dataloader"): make().test(Full())
+    few = torch.utils.data.DataLoader(patterns(3), 16, drop_last=True)
+    with pytest.raises(ValueError, match="no batches: it is empty, or smaller than a batch"): make().fit(Full(), few)
+    make(limit_train_batches=0).fit(Full(), *loaders())              # that was asked for
+    with pytest.raises(TypeError, match="datamodule must be a LightningDataModule, got str: 'best'"): make().test(Full(), loaders()[1], "best")
+    for what in ("validate", "test", "predict"):
+        with pytest.raises(TypeError, match=f"{what}.. without a model"): getattr(make(), what)(dataloaders=loaders()[1])
+
+
+@pytest.mark.parametrize("arguments, text", [
+    ({"auto_lr": 1e-3}, "auto_lr must be True or False, got 0.001"),
+    ({"lr_find_kwargs": {"min_lr": "a"}}, "positive numbers in this order"),
+    ({"lr_find_kwargs": {"early_stop_threshold": "x"}}, "above 1, or None, got 'x'"),
+    ({"batch_size_kwargs": {"memory_share": "x"}}, "between 0 and 1, got 'x'")])
+def test_bad_tuner_configs(arguments, text):
+    with pytest.raises(ValueError, match=text): TunerConfig(**arguments)
 
 
 def test_loggers_of_every_kind(make, tmp_path):
@@ -179,6 +210,74 @@ def test_plain_lightning_reads_our_checkpoints(make, tmp_path):
         warnings.simplefilter("ignore")
         other.fit(Full(), train, val, ckpt_path=trainer.last_model_path)
     assert other.current_epoch == 3 and other.global_step == 12
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_broken_checkpoint_is_named(make, content):
+    trainer, (train, val), model = make(), loaders(), Full()
+    trainer.fit(model, train, val)
+    for path in (trainer.last_model_path, trainer.best_model_path):
+        Path(path).write_bytes(Path(path).read_bytes()[:500] if content is None else content)
+    for tuner in (None, TunerConfig()):
+        with pytest.raises(RuntimeError, match=r"last.ckpt is cut off, or no checkpoint"):
+            make(max_epochs=3, tuner_config=tuner).fit(Full(), train, val, ckpt_path="last")
+    with pytest.raises(RuntimeError, match=r"best-epoch.*is cut off, or no checkpoint"): trainer.test(model, val)
+
+
+class Settings: "Something that weights_only=True does not load."
+
+
+class WithSettings(Full):
+    def __init__(self, settings):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_that_are_not_plain_are_named(make):
+    trainer, model, (train, val) = make(), WithSettings(Settings()), loaders()
+    trainer.fit(model, train, val)
+    with pytest.raises(Exception, match="holds an object of .*Settings.*weights_only=False"): trainer.test(model, val)
+    assert trainer.test(model, val, verbose=False, weights_only=False)
+
+
+def test_a_missing_file_or_folder_is_named_and_forgets_nothing(make, tmp_path):
+    trainer, (train, val) = make(), loaders()
+    trainer.fit(Full(), train, val)
+    best = trainer.best_model_path
+    with pytest.raises(FileNotFoundError, match="ckpt_path='nope.ckpt': there is no such file"): trainer.fit(Full(), train, val, ckpt_path="nope.ckpt")
+    assert trainer.best_model_path == best != "" and len(trainer.history) == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Give a default_root_dir"): make(default_root_dir=str(tmp_path / "file")).fit(Full(), train, val)
+
+
+def test_history_is_whole_after_resuming_from_the_best(make):
+    trainer, (train, val) = make(), loaders()
+    trainer.fit(Full(), train, val)
+    other = make(max_epochs=4)
+    other.fit(Full(), train, val, ckpt_path=trainer.best_model_path)
+    assert [row["epoch"] for row in other.history] == [0, 1, 2, 3] and all("val/loss" in row for row in other.history)
+
+
+def test_finders_of_lightning_leave_no_trace_in_the_history(make):
+    class Rated(Full):
+        lr = 0.1
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), self.lr)
+    trainer = make(callbacks=[pl.callbacks.LearningRateFinder(num_training_steps=8)])
+    trainer.fit(Rated(), *loaders())
+    assert [(row["epoch"], row["step"]) for row in trainer.history] == [(0, 4), (1, 8)]
+
+
+@pytest.mark.parametrize("train, val", [
+    ({"batch_size": 16}, {"dataset": "endless", "batch_size": 16}),
+    ({"batch_sampler": torch.utils.data.BatchSampler(torch.utils.data.SequentialSampler(range(64)), 8, False)}, {"batch_sampler": [[0, 1], [2, 3]]})])
+def test_size_search_leaves_validation_loaders_alone_that_cannot_be_resized(make, train, val):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): yield from patterns()
+    config = TunerConfig(False, True, None, {"max_val": 32})
+    trainer = make(max_epochs=1, tuner_config=config)
+    val = {**val, "dataset": Stream() if "dataset" in val else patterns()}
+    trainer.fit(Full(), torch.utils.data.DataLoader(patterns(), **train), torch.utils.data.DataLoader(**val))
+    assert trainer.tuning.batch_size.suggestion == 32 and "val/loss" in trainer.history[0]
 
 
 # Metrics that never come
@@ -362,6 +461,8 @@ def test_history_has_a_row_an_epoch(make):
     assert [(row["epoch"], row["step"]) for row in trainer.history] == [(0, 4), (1, 8)]
     assert set(trainer.history[0]) == {"epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy"}
     with pytest.raises(ValueError, match="no history yet"): make().plot_history()
+    with pytest.raises(ValueError, match="Quantity 'los' not found. Did you mean 'loss'"): trainer.plot_history(["accuracy", "los"])
+    assert len(trainer.plot_history("loss").axes) == 1
 
 
 def test_json_progress(make, tmp_path):

@@ -141,7 +141,8 @@ def test_the_processor_of_the_repository_is_used(hub):
                      image_std=[0.4, 0.5, 0.6], resample=3)
     hub.add_transformers("google/cropped", transformers.ViTConfig(**VIT), processor=processor)
     assert create_backbone("google/cropped").data_config == dict(
-        input_size=(3, 64, 64), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bicubic", crop_pct=0.8)
+        input_size=(3, 64, 64), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bicubic", crop_pct=0.8,
+        crop_mode="center")
 
 
 @needs_transformers

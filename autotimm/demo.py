@@ -91,7 +91,7 @@ class OwnClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 # %% ../nbs/22_demo.ipynb #0f3dced9
-TIMM_ID, TRANSFORMERS_ID = "autotimm-demo/resnet-small", "autotimm-demo/convnext-small"
+TIMM_ID, TRANSFORMERS_ID = "autotimm-demo/timm-resnet", "autotimm-demo/transformers-resnet"
 
 @dataclass
 class Route:
@@ -100,26 +100,26 @@ class Route:
     how: str                              # the call that shows it
     build: Callable[[int], Any]           # number of classes -> LightningModule
 
-def small_resnet_config() -> Any:
-    "A ResNet of 0.4 million parameters, in transformers' words."
+def small_resnet_config(
+    widths: list[int],        # channels of the three stages
+) -> Any:                     # a config of transformers
+    "A small ResNet in transformers' words."
     transformers = require("transformers", extra="demo", why="The demo's routes 2 and 3")
-    return transformers.ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic")
+    return transformers.ResNetConfig(embedding_size=32, hidden_sizes=widths, depths=[1, 1, 1], layer_type="basic")
 
 def serve_small_models(hub: LocalHub) -> None:
     "Put the demo's untrained models on a local Hub."
-    transformers = require("transformers", extra="demo", why="The demo's routes 2 and 3")
     hub.add_timm(TIMM_ID, "test_resnet", num_classes=0)
-    hub.add_transformers(TRANSFORMERS_ID, transformers.ConvNextConfig(
-        num_channels=3, patch_size=2, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 2, 1], image_size=32))
+    hub.add_transformers(TRANSFORMERS_ID, small_resnet_config([48, 96, 192]))
 
 def small_routes() -> list[Route]:
     "The three routes with the demo's own models."
     def direct(classes: int) -> Any:
         transformers = require("transformers", extra="demo", why="The demo's route 2")
-        return OwnClassifier(transformers.ResNetModel(small_resnet_config()), 128, classes, lr=2e-3)
+        return OwnClassifier(transformers.ResNetModel(small_resnet_config([32, 64, 128])), 128, classes, lr=2e-3)
     def auto(classes: int) -> Any:
         transformers = require("transformers", extra="demo", why="The demo's route 3")
-        return OwnClassifier(transformers.AutoModel.from_pretrained(TRANSFORMERS_ID, trust_remote_code=False), 128, classes, lr=2e-3)
+        return OwnClassifier(transformers.AutoModel.from_pretrained(TRANSFORMERS_ID, trust_remote_code=False), 192, classes, lr=2e-3)
     return [
         Route("1 Hub timm", f'ImageClassifier("hf-hub:{TIMM_ID}")',
               lambda classes: ImageClassifier(f"hf-hub:{TIMM_ID}", classes, image_size=32, lr=2e-3)),

@@ -984,7 +984,7 @@ def _forget(url: str, home: str, changed: _Changes, modules: list[ModuleType]) -
                 plain = str(value).replace(url, settings["ENDPOINT"]).replace(home, settings["HF_HOME"])
                 setattr(module, name, _like(settings.get(name, plain), value))
             elif olds := [old for old, new in changed.get(name, ()) if _same(value, new)]: setattr(module, name, olds[0])
-    for client in _with_endpoint(modules):
+    for client in _with_endpoint(_modules()):     # one may have been made in the block, in a module that was there before
         if client.endpoint == url: client.endpoint = settings["ENDPOINT"]
 
 # %% ../nbs/01_testing.ipynb #4ec94faf

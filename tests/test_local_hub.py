@@ -320,6 +320,18 @@ def test_transformers_pushes_and_loads_back(hub, tiny, tmp_path):
     assert equal_weights(model, transformers.AutoModel.from_pretrained("me/copy"))
 
 
+def test_a_client_made_in_one_block_asks_the_hub_of_the_next(tiny):
+    "transformers makes its client when it is first needed, and keeps it."
+    import transformers
+    from transformers.utils.hub import hf_api
+    model, outside = transformers.ViTModel(tiny), huggingface_hub.constants.ENDPOINT
+    for _ in range(2):
+        with LocalHub() as hub:
+            model.push_to_hub("me/vit", token=hub.token)
+            assert hf_api().endpoint == hub.url
+        assert hf_api().endpoint == outside
+
+
 # ---- faults
 
 @pytest.mark.parametrize("kind, error, status", [

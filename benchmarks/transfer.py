@@ -17,7 +17,7 @@ from autotimm import AutoTrainer, BackboneConfig, ImageClassifier, ImageDataModu
 
 PLANS: dict[str, dict[str, Any]] = {
     "linear probe": dict(epochs=4, pretrained=True, task=dict(freeze_backbone=True, lr=3e-3)),
-    "fine-tuning": dict(epochs=5, pretrained=True, task=dict(lr=5e-4, layer_decay=0.85)),
+    "fine-tuning": dict(epochs=8, pretrained=True, task=dict(lr=2e-3, layer_decay=0.7, unfreeze_after=4)),
     "from random weights": dict(epochs=5, pretrained=False, task=dict(lr=1e-3)),
 }
 

@@ -1,7 +1,16 @@
 """What several test modules share: the tiny repositories, a tiny folder of images, the routes."""
+import sys
+
 import pytest
 
 pytest.register_assert_rewrite("hf_routes")
+
+
+@pytest.fixture(autouse=True)
+def wandb_run_ends():
+    "A W&B run belongs to the process: one left open would be taken up by the logger of the next test."
+    yield
+    if (wandb := sys.modules.get("wandb")) and wandb.run is not None: wandb.finish()
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,29 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(*grads)
 
 
+def test_a_loaded_model_goes_on_in_training_mode(tmp_path):
+    "`load_from_checkpoint` gives eval mode; fitting it trains, BatchNorm included, but for what is frozen."
+    trainer = pl.Trainer(max_epochs=1, **QUIET)
+    trainer.fit(classifier(), shapes())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    def modes(**kwargs) -> tuple[bool, bool, bool]:
+        model = ImageClassifier.load_from_checkpoint(tmp_path / "a.ckpt", **kwargs)
+        assert not model.training
+        seen = []
+        class Look(pl.Callback):
+            def on_train_batch_start(self, trainer, module, batch, batch_idx):
+                norms = [o.training for o in module.backbone.modules() if isinstance(o, torch.nn.BatchNorm2d)]
+                assert len(set(norms)) == 1
+                seen.append((module.training, module.backbone.training, norms[0]))
+        pl.Trainer(max_epochs=2, callbacks=[Look()], **QUIET).fit(model, shapes(), shapes())
+        assert len(set(seen)) == 1
+        return seen[0]
+    assert modes() == (True, True, True)
+    assert modes(freeze_norm=True) == (True, True, False)
+    assert modes(freeze_backbone=True) == (True, False, False)
+
+
 def test_loading_touches_no_network(tmp_path, monkeypatch):
     model = classifier()
     trainer = pl.Trainer(max_epochs=1, limit_train_batches=1, **QUIET)

@@ -117,6 +117,7 @@ class TrainableModule(StoredModule):
         layer_decay: float | None = None,                   # factor on the learning rate from each layer to the one below
         freeze_backbone: bool = False,                      # train the head alone
         unfreeze_after: int | None = None,                  # thaw at the start of this epoch; implies `freeze_backbone`
+        freeze_norm: bool = False,                          # hold the statistics of the backbone's BatchNorm while it learns
         ema_decay: float | None = None,                     # keep and validate an exponential moving average of the weights
         image_size: int | tuple[int, int] | None = None,    # pixels; the backbone's own if None
         in_chans: int | None = None,                        # channels; the backbone's own if None
@@ -147,12 +148,13 @@ class TrainableModule(StoredModule):
             backbone=self.backbone.to_spec(), backbone_name=backbone_name or self.backbone.name, lr=lr,
             weight_decay=weight_decay, optimizer=optimizer, optimizer_kwargs=optimizer_kwargs, scheduler=scheduler,
             scheduler_kwargs=scheduler_kwargs, layer_decay=layer_decay, freeze_backbone=freeze_backbone,
-            unfreeze_after=unfreeze_after, ema_decay=ema_decay, grad_checkpointing=grad_checkpointing,
+            unfreeze_after=unfreeze_after, freeze_norm=freeze_norm, ema_decay=ema_decay, grad_checkpointing=grad_checkpointing,
             compile_model=compile_model, compile_kwargs=compile_kwargs)
         self._allow = None if allow is None else (allow,) if isinstance(allow, str) else tuple(allow)
         self.frozen = False
         self._learns = {n for n, p in self.backbone.named_parameters() if p.requires_grad}
         if freeze_backbone: self.freeze_backbone()
+        elif freeze_norm: hold_norm(self.backbone)
 
     @property
     def lr(self) -> float | str:
@@ -175,22 +177,27 @@ class TrainableModule(StoredModule):
         "Let the backbone learn again; under DDP its gradients are synchronised from here on."
         self.frozen = False
         for name, p in self.backbone.named_parameters(): p.requires_grad_(name in self._learns)
-        self.backbone.train(self.training)
+        self.train(self.training)
         strategy = getattr(self._trainer, "strategy", None)
         if isinstance(strategy, pl.strategies.DDPStrategy) and strategy.model is not self:
             strategy.model = self
             strategy.configure_ddp()
 
     def train(self, mode: bool = True):
-        "Switch to training mode; a frozen backbone stays in eval mode."
+        "Switch to training mode; what is frozen stays in eval mode."
         super().train(mode)
         if getattr(self, "frozen", False): self.backbone.eval()
+        elif self.hparams.get("freeze_norm"): hold_norm(self.backbone)
         return self
 
     def setup(self, stage: str) -> None:
         "Compile the backbone, if asked to, when fitting starts."
         if stage == "fit" and self.hparams["compile_model"] and self.backbone._compiled_call_impl is None:
             self.backbone.compile(**(self.hparams["compile_kwargs"] or {}))
+
+    def on_fit_start(self) -> None:
+        "Train in training mode, also a model that comes from a checkpoint and so in eval mode."
+        if not self.training: self.train()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         "Lightning's moving average of the weights, if `ema_decay` is given."
@@ -225,6 +232,13 @@ class TrainableModule(StoredModule):
         step_scheduler(scheduler, metric, self.current_epoch, self.global_step)
 
 # %% ../../nbs/15_tasks_base.ipynb #b9278ecd
+def hold_norm(
+    module: nn.Module,        # whose layers are meant
+) -> None:
+    "Put BatchNorm layers into eval mode, so that they use their running statistics and leave them as they are."
+    for o in module.modules():
+        if isinstance(o, nn.modules.batchnorm._BatchNorm): o.eval()
+
 def check_rates(lr: float | str, weight_decay: float, layer_decay: float | None, ema_decay: float | None) -> None:
     "Raise `ValueError` for a rate outside its range."
     number = lambda o: isinstance(o, (int, float)) and not isinstance(o, bool)

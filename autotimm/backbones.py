@@ -199,10 +199,15 @@ def _repo_hint(repo_id: str) -> str:
     close = near_matches(repo_id, [o for o in known if o])
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
+def _status(e: BaseException | None) -> int | None:
+    "The HTTP status behind an error; the client tells of a server that fails as of a file that is not in the cache."
+    while e is not None and getattr(e, "response", None) is None: e = e.__cause__
+    return getattr(getattr(e, "response", None), "status_code", None)
+
 def _hub_error(e: Exception, repo_id: str, revision: str | None = None) -> HubError:
     "The client's error as one of ours."
     what = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
-    status = getattr(getattr(e, "response", None), "status_code", None)
+    status = _status(e)
     if isinstance(e, errors.GatedRepoError):
         return HubAccessError(f"{what} is gated: the Hub answered {status}. {_TOKEN_HINT}")
     if isinstance(e, errors.RevisionNotFoundError):
@@ -211,9 +216,10 @@ def _hub_error(e: Exception, repo_id: str, revision: str | None = None) -> HubEr
     if isinstance(e, errors.RepositoryNotFoundError):
         return HubHiddenError(f"{what} not found: the Hub answered {status}, so it does not exist, or is private and the "
                               f"token (if any) may not read it.{_repo_hint(repo_id)} {_WAY_OUT} {_TOKEN_HINT}")
-    if isinstance(e, errors.LocalEntryNotFoundError):
+    absent = isinstance(e, errors.LocalEntryNotFoundError)
+    if absent and status is None:
         return HubOfflineError(f"{what} is not in the cache and the Hub cannot be reached. {_OFFLINE_HINT}")
-    if isinstance(e, errors.EntryNotFoundError):
+    if isinstance(e, errors.EntryNotFoundError) and not absent:
         return HubCorruptError(f"{what} lacks a file that a model needs ({str(e).splitlines()[-1]}). {_WAY_OUT}")
     if isinstance(e, errors.HFValidationError):
         return HubNotFoundError(f"{repo_id!r} is not a repository id ('org/name'), so it is not found. {_WAY_OUT}")

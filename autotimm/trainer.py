@@ -8,6 +8,7 @@ __all__ = ['DEFAULT_EPOCHS', 'Tuning', 'RunState', 'RunLoop', 'AutoTrainer']
 # %% ../nbs/21_trainer.ipynb #bd49fc1c
 import inspect
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
@@ -407,6 +408,7 @@ class AutoTrainer(pl.Trainer):
         _check_any("fit", "train_dataloader", model, train_dataloaders, datamodule)
         data = Data(train_dataloaders, val_dataloaders, datamodule)
         with quiet():
+            if getattr(model, "holds_still", False): warnings.filterwarnings("ignore", message="Found .* in eval mode")
             path = self._resume_path(ckpt_path)
             self._begin(model, path)
             try:

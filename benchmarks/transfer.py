@@ -18,7 +18,8 @@ from autotimm import AutoTrainer, BackboneConfig, ImageClassifier, ImageDataModu
 PROBE = dict(epochs=4, freeze_backbone=True, lr=3e-3)
 PLANS: dict[str, list[dict[str, Any]]] = {      # phases, each from where the one before ended
     "linear probe": [PROBE],
-    "linear probe, then fine-tuning": [PROBE, dict(epochs=4, lr=3e-5, freeze_norm=True, mixup_alpha=0.2)],
+    "linear probe, then fine-tuning": [
+        PROBE, dict(epochs=4, lr=1e-5, scheduler_kwargs={"warmup_epochs": 1}, freeze_norm=True, mixup_alpha=0.2)],
     "fine-tuning from the start": [dict(epochs=5, lr=5e-4, layer_decay=0.85)],
     "from random weights": [dict(epochs=5, lr=1e-3)],
 }

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import timm
 import torch
+import huggingface_hub
 from huggingface_hub import constants, snapshot_download
 from hf_routes import HAS_TRANSFORMERS
 
@@ -251,6 +252,14 @@ def test_a_server_error_says_so(faulty):
     faulty.add_timm("me/busy", "test_vit")
     faulty.fault("500", "me/busy")
     refused(lambda: create_backbone("me/busy"), HubError, "500")
+
+
+def test_a_server_error_on_the_weights_says_so(faulty, monkeypatch):
+    "The client tries again for half a minute, and then reports a file that is not in the cache."
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+    faulty.add_timm("me/half", "test_vit")
+    faulty.fault("500", "me/half", file="model.safetensors")
+    refused(lambda: create_backbone("me/half"), HubError, "answered 500")
 
 
 def test_cached_and_offline(hub, monkeypatch):

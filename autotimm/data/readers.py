@@ -463,7 +463,8 @@ def _load_by_id(name: str) -> Any:
     datasets = require("datasets", why=f"Loading the data set {name!r}")
     way_out = "Load it with datasets.load_dataset and pass hf_dataset=, if it needs a configuration, a token or a revision."
     try: return datasets.load_dataset(name)
-    except ConnectionError as e: raise ConnectionError(f"The Hub cannot be reached for the data set {name!r}, and it is not in the cache: {e}") from e
+    except ConnectionError as e: raise ConnectionError(f"The Hub cannot be reached for the data set {name!r}, and it is not in the cache ({e}). "
+                              "Check the network, or pass a data set of your own disk: hf_dataset=datasets.load_from_disk(folder).") from e
     except (FileNotFoundError, ValueError) as e: raise ValueError(f"The data set {name!r} cannot be loaded: {e} {way_out}") from e
 
 def load_hf_dataset(

@@ -164,6 +164,11 @@ class TrainableModule(StoredModule):
     @lr.setter
     def lr(self, value: float | str) -> None: self.hparams["lr"] = value
 
+    @property
+    def holds_still(self) -> bool:
+        "Whether some layers are kept in eval mode on purpose."
+        return self.frozen or self.hparams["freeze_norm"]
+
     def build_backbone(self, backbone: Any, **given: Any) -> Backbone:
         "The backbone of this task; dense tasks build one with feature maps."
         return create_backbone(backbone, **given)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from autotimm import AutoTrainer, ImageClassifier
 
-CLASSES, WARMUP, MODELS = 10, 5, ("resnet18", "test_resnet", "vit")
+CLASSES, WARMUP, MODELS = 10, 5, ("resnet18", "test_resnet", "vit", "convolution")
 Timer = Callable[[], float]
 
 
@@ -118,6 +118,44 @@ def vit_sides() -> dict[str, Side]:
     return {"by hand": hand, "own module": own, "backbone=": ours}
 
 
+class Convolution(nn.Module):
+    "A backbone of next to nothing: what a step costs with it is what stands around the network."
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x): return self.conv(x).mean((2, 3))
+
+
+class Plain(pl.LightningModule):
+    "The least that a user of Lightning writes: a step that logs its loss."
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(Convolution(), nn.Linear(4, CLASSES))
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self): return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def convolution_sides() -> dict[str, Side]:
+    def hand(run: Run) -> float:
+        model = nn.Sequential(Convolution(), nn.Linear(4, CLASSES))
+        return by_hand(model, run, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    def plain(run: Run) -> float:
+        clock = Clock(run.timer)
+        pl.Trainer(max_epochs=1, callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                   enable_model_summary=False, accelerator="cpu").fit(Plain(), run.data)
+        return (clock.end - clock.start) / clock.steps
+    def ours(run: Run) -> float: return by_trainer(ImageClassifier(Convolution(), CLASSES, lr=1e-4, scheduler=None), run)
+    return {"by hand": hand, "pl.Trainer": plain, "ImageClassifier": ours}
+
+
 def measure(sides: dict[str, Side], run: Run, runs: int) -> dict[str, list[float]]:
     "Seconds a step of each side, by run."
     def seeded(side: Side) -> Callable[[], float]:
@@ -155,6 +193,10 @@ def main() -> None:
         times = measure(vit_sides(), Run(batches(15, 8, 224), timer), args.runs)
         for side, base in (("own module", "by hand"), ("backbone=", "by hand"), ("backbone=", "own module")):
             rows.append(["ViT-tiny (transformers)", "224 px, batch 8", *compared(times, side, base), "1.03"])
+    if "convolution" in args.model:
+        times = measure(convolution_sides(), Run(batches(1005, 16, 8), time.process_time), args.runs)
+        for side, base in (("pl.Trainer", "by hand"), ("ImageClassifier", "by hand"), ("ImageClassifier", "pl.Trainer")):
+            rows.append(["one convolution, processor time", "8 px, batch 16", *compared(times, side, base), ""])
     print(table(rows, ["model", "data", "sides", "ms a step", "median ratio", "lowest and highest", "at most"]))
 
 

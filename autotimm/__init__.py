@@ -11,19 +11,20 @@ _WHERE = {  # module -> its public names; tests/test_package.py holds it equal t
     "backbones": "Backbone BackboneConfig FeatureBackboneConfig HubError ModelSource create_backbone "
                  "create_feature_backbone get_feature_channels get_feature_info get_feature_strides get_model_source "
                  "list_backbones list_hf_hub_backbones",
-    "losses": "FocalLoss list_losses",
-    "heads": "ClassificationHead",
+    "losses": "CombinedSegmentationLoss DiceLoss FocalLoss TverskyLoss list_losses",
+    "heads": "ASPP ClassificationHead DeepLabV3PlusHead FCNHead FPN FPNHead UPerNetHead",
+    "yolox": "CSPDarknet PAFPN YOLOX YOLOXHead build_yolox load_official_yolox",
     "optim": "list_optimizers list_schedulers",
     "metrics": "LoggingConfig MetricConfig MetricManager",
     "loggers": "LoggerConfig LoggerManager",
     "data": "BadImageError CSVImageDataset ImageDataModule MultiLabelImageDataModule MultiLabelImageDataset "
-            "TransformConfig create_inference_transform get_transforms_from_backbone list_transform_presets "
+            "SegmentationDataModule TransformConfig create_inference_transform get_transforms_from_backbone list_transform_presets "
             "resolve_backbone_data_config",
-    "tasks": "ImageClassifier VisionTask",
+    "tasks": "ImageClassifier SemanticSegmentor VisionTask",
     "trainer": "AutoTrainer TunerConfig",
 }
 _MODULES = {  # public submodules and their other names
-    "core": "core", "testing": "testing", "backbones": "backbones", "data": "data", "heads": "heads", "head": "heads",
+    "core": "core", "testing": "testing", "backbones": "backbones", "data": "data", "boxes": "boxes", "heads": "heads", "head": "heads", "yolox": "yolox",
     "losses": "losses", "loss": "losses", "optim": "optim", "metrics": "metrics", "metrics_module": "metrics",
     "metric": "metrics", "loggers": "loggers", "viz": "viz", "tasks": "tasks", "task": "tasks", "trainer": "trainer",
 }
@@ -35,25 +36,29 @@ if TYPE_CHECKING:
                                     get_feature_strides, get_model_source, list_backbones, list_hf_hub_backbones)
     from autotimm.core import MissingExtraError, count_parameters, seed_everything
     from autotimm.data import (BadImageError, CSVImageDataset, ImageDataModule, MultiLabelImageDataModule,
-                               MultiLabelImageDataset, TransformConfig, create_inference_transform,
+                               MultiLabelImageDataset, SegmentationDataModule, TransformConfig, create_inference_transform,
                                get_transforms_from_backbone, list_transform_presets, resolve_backbone_data_config)
-    from autotimm.heads import ClassificationHead
+    from autotimm.heads import ASPP, FPN, ClassificationHead, DeepLabV3PlusHead, FCNHead, FPNHead, UPerNetHead
     from autotimm.loggers import LoggerConfig, LoggerManager
-    from autotimm.losses import FocalLoss, list_losses
+    from autotimm.losses import CombinedSegmentationLoss, DiceLoss, FocalLoss, TverskyLoss, list_losses
     from autotimm.metrics import LoggingConfig, MetricConfig, MetricManager
     from autotimm.optim import list_optimizers, list_schedulers
-    from autotimm.tasks import ImageClassifier, VisionTask
+    from autotimm.tasks import ImageClassifier, SemanticSegmentor, VisionTask
     from autotimm.trainer import AutoTrainer, TunerConfig
+    from autotimm.yolox import PAFPN, YOLOX, CSPDarknet, YOLOXHead, build_yolox, load_official_yolox
 
 __all__ = [
-    "AutoTrainer", "BadImageError", "Backbone", "BackboneConfig", "CSVImageDataset", "ClassificationHead",
+    "ASPP", "AutoTrainer", "Backbone", "BackboneConfig", "BadImageError", "CSPDarknet", "CSVImageDataset",
+    "ClassificationHead", "CombinedSegmentationLoss", "DeepLabV3PlusHead", "DiceLoss", "FCNHead", "FPN", "FPNHead",
     "FeatureBackboneConfig", "FocalLoss", "HubError", "ImageClassifier", "ImageDataModule", "LoggerConfig",
     "LoggerManager", "LoggingConfig", "MetricConfig", "MetricManager", "MissingExtraError", "ModelSource",
-    "MultiLabelImageDataModule", "MultiLabelImageDataset", "TransformConfig", "TunerConfig", "VisionTask",
+    "MultiLabelImageDataModule", "MultiLabelImageDataset", "PAFPN", "SegmentationDataModule", "SemanticSegmentor",
+    "TransformConfig", "TunerConfig", "TverskyLoss", "UPerNetHead", "VisionTask", "YOLOX", "YOLOXHead", "build_yolox",
     "count_parameters", "create_backbone", "create_feature_backbone", "create_inference_transform",
     "get_feature_channels", "get_feature_info", "get_feature_strides", "get_model_source",
     "get_transforms_from_backbone", "list_backbones", "list_hf_hub_backbones", "list_losses", "list_optimizers",
-    "list_schedulers", "list_transform_presets", "resolve_backbone_data_config", "seed_everything",
+    "list_schedulers", "list_transform_presets", "load_official_yolox", "resolve_backbone_data_config",
+    "seed_everything",
 ]
 
 _getattr, __dir__ = lazy_names(__name__, {k: f"autotimm.{v}" for k, v in _NAMES.items()},

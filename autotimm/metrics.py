@@ -57,9 +57,14 @@ class MetricConfig:
             raise ValueError(f"Metric {self.name!r} would never be logged: set log_on_step or log_on_epoch.")
 
 def default_metrics(
-    task: str = "multiclass",       # 'multiclass' or 'multilabel'
-) -> list[MetricConfig]:            # accuracy; with several labels an image, F1 as well
+    task: str = "multiclass",       # 'multiclass', 'multilabel' or 'segmentation'
+) -> list[MetricConfig]:            # accuracy; with several labels an image F1 as well; mean IoU, pixel accuracy and Dice
     "What is logged when the user asks for nothing."
+    if task == "segmentation":
+        macro, stages = {"average": "macro"}, ["val", "test"]
+        return [MetricConfig("miou", "torchmetrics", "MulticlassJaccardIndex", macro, stages, prog_bar=True),
+                MetricConfig("pixel_accuracy", "torchmetrics", "MulticlassAccuracy", {"average": "micro"}, stages),
+                MetricConfig("dice", "torchmetrics", "MulticlassF1Score", macro, stages)]
     found = [MetricConfig("accuracy", "torchmetrics", "Accuracy", {}, list(STAGES), prog_bar=True)]
     # Most labels of most images are 0, so accuracy alone flatters.
     if task == "multilabel": found.append(MetricConfig("f1", "torchmetrics", "F1Score", {"average": "macro"}, ["val", "test"]))
@@ -189,7 +194,8 @@ def _hard_prediction(
     task: str,                          # 'multiclass' or 'multilabel'
     threshold: float,                   # for several labels
 ) -> Tensor:
-    "Class ids, or 0/1 a label."
+    "Class ids, or 0/1 a label; class ids, which are what a dense task has, stay as they are."
+    if probs.ndim == 1: return probs
     return (probs > threshold).long() if task == "multilabel" else probs.argmax(1)
 
 # %% ../nbs/08_metrics.ipynb #e5aa19d2
@@ -325,7 +331,7 @@ class MetricManager(nn.Module):
             # With several processes all must take part, also one that saw no batch.
             if not (getattr(metric, "update_called", True) or several): continue
             if config.log_on_epoch: found.update(self._read(f"{stage}/{name}", metric.compute()))
-            metric.reset()
+            self._start_afresh(metric)
         return found
 
     def _read(self, logged: str, value: Any) -> dict[str, Tensor]:
@@ -342,7 +348,12 @@ class MetricManager(nn.Module):
         stage: str,                             # train, val or test
     ) -> None:
         "Forget what the metrics of a stage have seen."
-        for metric in self._of(stage).values(): cast(Metric, metric).reset()
+        for metric in self._of(stage).values(): self._start_afresh(cast(Metric, metric))
+
+    @staticmethod
+    def _start_afresh(metric: Metric) -> None:
+        "Reset a metric, to tensors that may be changed outside inference mode too: what validates next may have gradients."
+        with torch.inference_mode(False): metric.reset()
 
     def extra_repr(self) -> str:
         "What `print` shows."

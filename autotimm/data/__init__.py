@@ -4,20 +4,20 @@ from typing import TYPE_CHECKING
 from autotimm.core import lazy_names
 
 _WHERE = {
-    "datamodule": "ImageDataModule MultiLabelImageDataModule",
+    "datamodule": "ImageDataModule MultiLabelImageDataModule SegmentationDataModule",
     "readers": "BadImageError CSVImageDataset MultiLabelImageDataset",
     "transforms": "TransformConfig create_inference_transform get_transforms_from_backbone list_transform_presets "
                   "resolve_backbone_data_config",
 }
 
 if TYPE_CHECKING:
-    from autotimm.data.datamodule import ImageDataModule, MultiLabelImageDataModule
+    from autotimm.data.datamodule import ImageDataModule, MultiLabelImageDataModule, SegmentationDataModule
     from autotimm.data.readers import BadImageError, CSVImageDataset, MultiLabelImageDataset
     from autotimm.data.transforms import (TransformConfig, create_inference_transform, get_transforms_from_backbone,
                                           list_transform_presets, resolve_backbone_data_config)
 
 __all__ = ["BadImageError", "CSVImageDataset", "ImageDataModule", "MultiLabelImageDataModule", "MultiLabelImageDataset",
-           "TransformConfig", "create_inference_transform", "get_transforms_from_backbone", "list_transform_presets",
+           "SegmentationDataModule", "TransformConfig", "create_inference_transform", "get_transforms_from_backbone", "list_transform_presets",
            "resolve_backbone_data_config"]
 __getattr__, __dir__ = lazy_names(__name__, {name: f"autotimm.data.{module}" for module, names in _WHERE.items()
                                              for name in names.split()})

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['READ_MODES', 'IMAGE_SUFFIXES', 'SPLIT_FOLDERS', 'SEPARATORS', 'BUILTIN_DATASETS', 'BUILTIN_FOLDERS', 'ON_BAD_IMAGE',
-           'BadImageError', 'decode_image', 'load_image', 'Sample', 'Splits', 'sort_labels', 'encode_labels',
-           'split_indices', 'list_images', 'find_split_folders', 'read_folders', 'read_table', 'pick_column',
-           'label_text', 'image_root', 'read_csv_split', 'read_multilabel_split', 'find_builtin', 'builtin_dataset',
-           'read_builtin', 'load_hf_dataset', 'read_hf_dataset', 'BadImage', 'BadImageLog', 'SampleDataset',
-           'CSVImageDataset', 'MultiLabelImageDataset']
+           'CITYSCAPES_IDS', 'CITYSCAPES_CLASSES', 'VOC_CLASSES', 'MASK_FORMATS', 'BadImageError', 'decode_image',
+           'load_image', 'Sample', 'Splits', 'sort_labels', 'encode_labels', 'split_indices', 'list_images',
+           'find_split_folders', 'read_folders', 'read_table', 'pick_column', 'label_text', 'image_root',
+           'read_csv_split', 'read_multilabel_split', 'find_builtin', 'builtin_dataset', 'read_builtin',
+           'load_hf_dataset', 'read_hf_dataset', 'BadImage', 'BadImageLog', 'SampleDataset', 'CSVImageDataset',
+           'MultiLabelImageDataset', 'MaskCodes', 'load_mask', 'MaskDataset', 'read_masks', 'read_mask_csv']
 
 # %% ../../nbs/12_data_readers.ipynb #e43755cf
 import csv
@@ -30,7 +31,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from ..core import lookup, near_matches, require
-from .transforms import TransformAdapter, to_uint8_image
+from .transforms import DensePipeline, TransformAdapter, as_dense_sample, is_albumentations, to_model_input, to_uint8_image
 
 # %% ../../nbs/12_data_readers.ipynb #9bc1fda8
 class BadImageError(ValueError):
@@ -566,6 +567,11 @@ class SampleDataset(Dataset):
         return self.adapter.transform
 
     @property
+    def makes_model_input(self) -> bool:
+        "Whether its images are normalised as the model's are, so that a picture of them can be undone."
+        return self.adapter.kind == "pipeline"
+
+    @property
     def targets(self) -> list[Any]:
         "The targets of all samples, without decoding an image."
         return [s.target for s in self.samples]
@@ -576,16 +582,19 @@ class SampleDataset(Dataset):
         try: return load_image(sample.image, self.adapter.channels)
         except BadImageError as e: raise BadImageError(f"{sample.name}: {e}") from e
 
+    def read(self, index: int) -> Any:
+        "The item as the model takes it. Raises `BadImageError`."
+        image, target = self.load(index), self.samples[index].target
+        return self.adapter(image), torch.as_tensor(target) if isinstance(target, np.ndarray) else target
+
     def __getitem__(self, index: int) -> Any:
-        try: image = self.load(index)
+        try: return self.read(index)
         except BadImageError as e:
             name, cause = self.samples[index].name, str(e.__cause__).rstrip(".")
             if self.bad_images.on_bad_image == "raise":
                 raise BadImageError(f"Image {name!r} of the {self.split} data cannot be read: {cause}. Repair or remove it, or pass "
                                     'on_bad_image="skip" or "report".') from e
             return BadImage(name, cause)
-        target = self.samples[index].target
-        return self.adapter(image), torch.as_tensor(target) if isinstance(target, np.ndarray) else target
 
 # %% ../../nbs/12_data_readers.ipynb #3b3739ee
 def _as_albumentations(transform: Callable[..., Any] | None, use_albumentations: bool) -> Callable[..., Any] | None:
@@ -638,3 +647,206 @@ class MultiLabelImageDataset(SampleDataset):
     def num_labels(self) -> int:
         "How many labels there are."
         return len(self.label_names)
+
+# %% ../../nbs/12_data_readers.ipynb #527a1ac7
+@dataclass(frozen=True)
+class MaskCodes:
+    "How the numbers in mask files become class ids."
+    num_classes: int | None = None                  # None: not known yet, any id passes
+    class_mapping: Mapping[int, int] | None = None  # number in the file -> class id; others are ignored. None: as they are
+    ignore_index: int = 255                         # id of what counts nowhere, in the files and after
+    reduce_zero_label: bool = False                 # 0 is ignored, and all others are one less
+
+    def __post_init__(self) -> None:
+        if self.class_mapping is not None and self.reduce_zero_label:
+            raise ValueError("class_mapping and reduce_zero_label both say what the numbers mean. Give one.")
+        if self.class_mapping is None: return
+        mapping = {int(k): int(v) for k, v in self.class_mapping.items()}
+        if not mapping or min(mapping) < 0 or min(mapping.values()) < 0:
+            raise ValueError(f"class_mapping must go from numbers in the masks to class ids, both from 0 on, got {self.class_mapping!r}.")
+        object.__setattr__(self, "class_mapping", mapping)
+
+    def table(self) -> np.ndarray:                  # (65536,) int64
+        "Number in the file -> class id."
+        ids = np.arange(65536)
+        if self.class_mapping is not None:
+            ids = np.full(65536, self.ignore_index)
+            for number, class_id in self.class_mapping.items(): ids[number] = class_id
+        elif self.reduce_zero_label: ids = np.where(ids == 0, self.ignore_index, ids - 1)
+        if self.class_mapping is None: ids[self.ignore_index] = self.ignore_index
+        return ids
+
+def load_mask(
+    path: str | os.PathLike,            # an image of class ids: grey, palette, 1 or 16 bits
+    codes: MaskCodes = MaskCodes(),     # what its numbers mean
+) -> Tensor:                            # (H, W) int64
+    "The class ids of a mask. Raises `BadImageError`, or `ValueError` for a number that stands for no class."
+    try: data = Path(path).read_bytes()
+    except FileNotFoundError as e: raise BadImageError(f"its mask {str(path)!r} does not exist") from e
+    except OSError as e: raise BadImageError(f"its mask {str(path)!r} cannot be opened ({e})") from e
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        raise BadImageError(f"its mask {str(path)!r} is broken ({e})") from e
+    if image.mode not in ("L", "P", "1", "I", "I;16"):
+        raise BadImageError(f"its mask {str(path)!r} is of mode {image.mode!r}, and class ids need one number a pixel (grey or palette)")
+    numbers = np.asarray(image.convert("L").point(lambda o: o // 255) if image.mode == "1" else image).astype(np.int64)
+    ids = codes.table()[numbers.clip(0, 65535)]
+    if codes.num_classes is not None:
+        wrong = np.unique(numbers[(ids >= codes.num_classes) & (ids != codes.ignore_index)])
+        if len(wrong):
+            raise ValueError(f"Mask {str(path)!r} holds {', '.join(map(str, wrong[:10]))}, and there are {codes.num_classes} classes (0 to "
+                             f"{codes.num_classes - 1}) and ignore_index={codes.ignore_index}. Pass class_mapping=, reduce_zero_label= or ignore_index=.")
+    return torch.from_numpy(ids)
+
+class MaskDataset(SampleDataset):
+    "Images with semantic masks: item `i` is a dict with image, mask, image_id and orig_size."
+    def __init__(
+        self,
+        samples: Sequence[Sample],                  # targets are paths of masks
+        transform: Callable[..., Any],              # a `DensePipeline`, albumentations', or any that takes a dict as `as_dense_sample` makes it
+        codes: MaskCodes = MaskCodes(),             # what the numbers in the masks mean
+        channels: int = 3,                          # 1: grey, 3: RGB, 4: RGB and alpha
+        on_bad_image: str = "raise",                # 'raise', 'skip' or 'report'
+        split: str = "train",                       # named in messages
+        class_names: Sequence[str] | None = None,   # names of the ids
+    ) -> None:
+        super().__init__(samples, None, channels, on_bad_image, split, class_names)
+        self.pipeline, self.codes = transform, codes
+
+    @property
+    def transform(self) -> Callable[..., Any] | None:
+        "The transform as it was given."
+        return self.pipeline
+
+    @property
+    def makes_model_input(self) -> bool:
+        "Whether its images are normalised as the model's are, so that a picture of them can be undone."
+        return isinstance(self.pipeline, DensePipeline)
+
+    def read(self, index: int) -> dict[str, Any]:
+        "The item as the model takes it. Raises `BadImageError`."
+        image, target = self.load(index), self.samples[index].target
+        try: mask = load_mask(target, self.codes)
+        except BadImageError as e: raise BadImageError(f"{self.samples[index].name}: {e}") from e
+        try: moved = self._move(image, mask)
+        except ValueError as e: raise ValueError(f"{self.samples[index].name!r} and its mask {str(target)!r}: {e}") from e
+        return {**moved, "image_id": Path(self.samples[index].name).stem, "orig_size": torch.tensor(image.shape[-2:])}
+
+    def _move(self, image: Tensor, mask: Tensor) -> dict[str, Any]:
+        "Image and mask after the transform."
+        if isinstance(self.pipeline, DensePipeline): return self.pipeline({"image": image, "mask": mask})
+        if is_albumentations(self.pipeline):
+            out: Any = self.pipeline(image=image.permute(1, 2, 0).contiguous().numpy(), mask=mask.numpy())
+        else: out = self.pipeline(as_dense_sample({"image": image, "mask": mask}))
+        if not isinstance(out, Mapping) or not {"image", "mask"} <= set(out):
+            raise TypeError(f"A transform for masks takes and returns a dict with 'image' and 'mask', got {type(out).__name__} from {type(self.pipeline).__name__}.")
+        return {"image": to_model_input(out["image"]), "mask": torch.as_tensor(out["mask"]).as_subclass(Tensor).long()}
+
+# %% ../../nbs/12_data_readers.ipynb #16ed448a
+CITYSCAPES_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
+                  28: 15, 31: 16, 32: 17, 33: 18}
+CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+                      "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+               "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+
+def _pairs(images: Iterable[Path], find: Callable[[Path], Path | None], split: str, where: str) -> list[Sample]:
+    "Samples of images with their masks. Raises `ValueError` that names images without one."
+    samples, lone = [], []
+    for path in images:
+        mask = find(path)
+        if mask is None: lone.append(path.name)
+        else: samples.append(Sample(str(path), str(mask)))
+    if lone: raise ValueError(f"{len(lone)} {split} images in {where!r} have no mask: {', '.join(lone[:5])}{', ...' if len(lone) > 5 else ''}.")
+    if not samples: raise ValueError(f"There are no {split} images in {where!r}.")
+    return samples
+
+def _by_stem(images: Path, masks: Path, split: str) -> list[Sample]:
+    "Images of a folder with the masks of the same path and stem in another."
+    if not masks.is_dir(): raise ValueError(f"The images in {str(images)!r} need masks in {str(masks)!r}, which does not exist.")
+    stems = {o.relative_to(masks).with_suffix(""): o for o in list_images(masks)[0]}
+    return _pairs(list_images(images)[0], lambda o: stems.get(o.relative_to(images).with_suffix("")), split, str(images))
+
+def _read_png_masks(root: Path) -> Splits:
+    "images/train and masks/train, or train/images and train/masks."
+    inner = find_split_folders(root / "images") if (root / "images").is_dir() else {}
+    outer = find_split_folders(root)
+    splits = Splits()
+    for split in SPLIT_FOLDERS:
+        if split in inner: images, masks = inner[split], root / "masks" / inner[split].name
+        elif split in outer: images, masks = outer[split] / "images", outer[split] / "masks"
+        else: continue
+        setattr(splits, split, _by_stem(images, masks, split))
+    if not splits.train and (root / "images").is_dir() and not inner: splits.train = _by_stem(root / "images", root / "masks", "train")
+    if not splits.train: raise ValueError(f"{str(root)!r} has no training data: expected images/train with masks/train (or train/images with train/masks).")
+    names = root / "classes.txt"
+    if names.exists(): splits.class_names = [o.strip() for o in names.read_text(encoding="utf-8").splitlines() if o.strip()]
+    return splits
+
+def _read_cityscapes(root: Path) -> Splits:
+    "leftImg8bit/train/city/*_leftImg8bit.png and gtFine/train/city/*_gtFine_labelIds.png."
+    splits = Splits(class_names=CITYSCAPES_CLASSES)
+    for split, folder in find_split_folders(root / "leftImg8bit").items():
+        def mask(image: Path, folder: Path = folder) -> Path | None:
+            name = image.name.replace("_leftImg8bit", "_gtFine_labelIds")
+            path = root / "gtFine" / folder.name / image.relative_to(folder).parent / name
+            return path if path.exists() else None
+        # The test images of this set come without masks.
+        if split == "test" and not any((root / "gtFine" / folder.name).rglob("*_labelIds.png")): continue
+        setattr(splits, split, _pairs(list_images(folder)[0], mask, split, str(folder)))
+    if not splits.train: raise ValueError(f"{str(root)!r} has no leftImg8bit/train with images.")
+    return splits
+
+def _read_voc_masks(root: Path) -> Splits:
+    "JPEGImages, SegmentationClass, and the lists in ImageSets/Segmentation."
+    if (root / "VOCdevkit").is_dir(): root = max((root / "VOCdevkit").glob("VOC20*"), default=root)
+    splits = Splits(class_names=VOC_CLASSES)
+    for split in SPLIT_FOLDERS:
+        listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if not listed.exists(): continue
+        images = [root / "JPEGImages" / f"{o}.jpg" for o in listed.read_text().split()]
+        mask = lambda o: p if (p := root / "SegmentationClass" / f"{o.stem}.png").exists() else None
+        if split == "test" and not any(mask(o) for o in images): continue
+        setattr(splits, split, _pairs(images, mask, split, str(root)))
+    if not splits.train: raise ValueError(f"{str(root)!r} has no ImageSets/Segmentation/train.txt with images.")
+    return splits
+
+def _read_coco_stuff(root: Path) -> Splits:
+    "train2017 and stuffthingmaps/train2017 (or annotations/train2017): PNG masks of the ids 0 to 181."
+    splits = Splits()
+    for split in SPLIT_FOLDERS:
+        images = next((o for base in (root / "images", root) for o in sorted(base.glob(f"{split}20*")) if o.is_dir()), None)
+        if images is None: continue
+        masks = next((root / o / images.name for o in ("stuffthingmaps", "annotations", "masks") if (root / o / images.name).is_dir()), None)
+        if masks is None and split == "test": continue
+        setattr(splits, split, _by_stem(images, masks or root / "stuffthingmaps" / images.name, split))
+    if not splits.train: raise ValueError(f"{str(root)!r} has no train2017 with images and stuffthingmaps/train2017 with masks.")
+    return splits
+
+MASK_FORMATS: dict[str, Callable[[Path], Splits]] = {
+    "png": _read_png_masks, "coco": _read_coco_stuff, "cityscapes": _read_cityscapes, "voc": _read_voc_masks}
+
+def read_masks(
+    root: str | os.PathLike,        # the data set
+    format: str = "png",            # 'png', 'coco', 'cityscapes' or 'voc'
+) -> Splits:                        # targets are paths of masks
+    "The samples of a set of images and masks. Raises `ValueError` for what is missing."
+    read = lookup(MASK_FORMATS, format, "Mask format")
+    if not Path(root).is_dir(): raise ValueError(f"The data folder {str(root)!r} does not exist.")
+    return read(Path(root))
+
+def read_mask_csv(
+    table: Any,                                     # path of a CSV file, or a data frame
+    image_dir: str | os.PathLike | None = None,     # where relative paths start
+    image_column: str | None = None,                # None: the first
+    mask_column: str | None = None,                 # None: the next
+    fallback: str | os.PathLike = ".",              # tried where image_dir is not stated
+) -> list[Sample]:                                  # targets are paths of masks
+    "The samples of a table. Raises `ValueError` for a missing column or cell."
+    columns, name = read_table(table)
+    image = pick_column(columns, image_column, name, skip=[mask_column] if mask_column else [])
+    mask = pick_column(columns, mask_column, name, skip=[image])
+    sources, masks = (_image_sources(columns[o], image_root(table, image_dir, columns[o], fallback), name) for o in (image, mask))
+    return [Sample(i, m) for i, m in zip(sources, masks)]

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ..backbones import Backbone, create_backbone
+from ..backbones import create_backbone
 from ..core import TRUSTED_MODULES, inherit_signature, object_path, seed_everything, to_plain
 from ..data.transforms import (TransformAdapter, TransformConfig, apply_transform_config,
                                       get_transforms_from_backbone, to_uint8_image)

@@ -257,7 +257,11 @@ class TverskyLoss(nn.Module):
     ) -> Tensor:                        # scalar; (B, C) with 'none'
         shared, predicted, true = _overlap(logits, target, self.ignore_index)
         false = self.alpha * (predicted - shared) + self.beta * (true - shared)
-        return _reduce(1 - (shared + self.smooth) / (shared + false + self.smooth), self.reduction)
+        loss = 1 - (shared + self.smooth) / (shared + false + self.smooth)
+        # A class that is ignored is never true: it has no share in the mean.
+        if self.reduction != "none" and 0 <= self.ignore_index < loss.shape[1]:
+            loss = torch.cat([loss[:, :self.ignore_index], loss[:, self.ignore_index + 1:]], 1)
+        return _reduce(loss, self.reduction)
 
 class DiceLoss(TverskyLoss):
     "One less the softmax Dice coefficient of each image and class."

@@ -58,10 +58,11 @@ class MetricConfig:
 
 def default_metrics(
     task: str = "multiclass",       # 'multiclass', 'multilabel' or 'segmentation'
+    ignore_index: int | None = None,  # of a segmentation, where it is one of the classes: it is left out of means
 ) -> list[MetricConfig]:            # accuracy; with several labels an image F1 as well; mean IoU, pixel accuracy and Dice
     "What is logged when the user asks for nothing."
     if task == "segmentation":
-        macro, stages = {"average": "macro"}, ["val", "test"]
+        macro, stages = {"average": "macro", **({} if ignore_index is None else {"ignore_index": ignore_index})}, ["val", "test"]
         return [MetricConfig("miou", "torchmetrics", "MulticlassJaccardIndex", macro, stages, prog_bar=True),
                 MetricConfig("pixel_accuracy", "torchmetrics", "MulticlassAccuracy", {"average": "micro"}, stages),
                 MetricConfig("dice", "torchmetrics", "MulticlassF1Score", macro, stages)]
@@ -301,19 +302,20 @@ class MetricManager(nn.Module):
         "Feed a batch to the metrics of a stage."
         held = self._of(stage)
         steps: dict[str, Tensor] = {}
-        if not held: return steps
+        # A batch of masks may be ignored as a whole.
+        if not held or not target.numel(): return steps
         target = _hard_target(target, self.task)
         for name, wants, config in self._plan[stage]:
             metric: Any = held[name]
             if wants == "probs": given = probs
-            elif wants == "second": given = probs[:, 1]
+            elif wants == "second": given = probs if probs.ndim == 1 else probs[:, 1]
             elif wants == "preds": given = _hard_prediction(probs, self.task, self.threshold)
             elif logits is None: raise ValueError(f"Metric {name!r} wants logits, and update() was given none.")
             else: given = logits
             try:
                 if config.log_on_step: steps[f"{stage}/{name}_step"] = metric(given, target)
                 else: metric.update(given, target)
-            except (TypeError, ValueError, RuntimeError) as e:
+            except (TypeError, ValueError, RuntimeError, IndexError) as e:
                 raise type(e)(f"Metric {name!r} ({type(metric).__name__}) cannot measure predictions {tuple(given.shape)} against targets "
                               f"{tuple(target.shape)}, got: {str(e).splitlines()[0]} Choose a metric for task={self.task!r}, or see `wants`.") from e
         return {k: v for name, value in steps.items() for k, v in _scalars(name, value, self.class_names)}

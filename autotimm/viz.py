@@ -56,7 +56,7 @@ def to_picture(
     "The image as matplotlib draws it, normalisation undone."
     is_tensor = hasattr(image, "detach")
     array = image.detach().cpu().float().numpy() if is_tensor else np.asarray(image)
-    whole = np.issubdtype(image.detach().cpu().numpy().dtype if is_tensor else array.dtype, np.integer)
+    whole = not (image.is_floating_point() or image.is_complex()) if is_tensor else np.issubdtype(array.dtype, np.integer)
     if array.ndim not in (2, 3): raise ValueError(f"An image has 2 or 3 dimensions, got shape {tuple(array.shape)}.")
     if is_tensor and array.ndim == 3: array = array.transpose(1, 2, 0)
     array = array / 255 if whole else array.astype("float32")

@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from ..core import lookup, near_matches, require
-from .transforms import DensePipeline, TransformAdapter, as_dense_sample, is_albumentations, to_model_input, to_uint8_image
+from .transforms import DensePipeline, TransformAdapter, as_dense_sample, is_albumentations, reseed, to_model_input, to_uint8_image
 
 # %% ../../nbs/12_data_readers.ipynb #9bc1fda8
 class BadImageError(ValueError):
@@ -660,10 +660,16 @@ class MaskCodes:
     def __post_init__(self) -> None:
         if self.class_mapping is not None and self.reduce_zero_label:
             raise ValueError("class_mapping and reduce_zero_label both say what the numbers mean. Give one.")
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}.")
+        if self.reduce_zero_label and 0 <= self.ignore_index < (self.num_classes or 1):
+            raise ValueError(f"With reduce_zero_label the classes count from 0, so ignore_index={self.ignore_index} would be one of them. Use 255.")
         if self.class_mapping is None: return
+        if not isinstance(self.class_mapping, Mapping):
+            raise TypeError(f"class_mapping must be a dict from numbers in the masks to class ids, got {type(self.class_mapping).__name__}.")
         mapping = {int(k): int(v) for k, v in self.class_mapping.items()}
-        if not mapping or min(mapping) < 0 or min(mapping.values()) < 0:
-            raise ValueError(f"class_mapping must go from numbers in the masks to class ids, both from 0 on, got {self.class_mapping!r}.")
+        if not mapping or min(mapping) < 0 or max(mapping) > 65535 or any(o < 0 and o != self.ignore_index for o in mapping.values()):
+            raise ValueError(f"class_mapping must go from numbers in the masks (0 to 65535) to class ids, both from 0 on, got {self.class_mapping!r}.")
         object.__setattr__(self, "class_mapping", mapping)
 
     def table(self) -> np.ndarray:                  # (65536,) int64
@@ -673,7 +679,7 @@ class MaskCodes:
             ids = np.full(65536, self.ignore_index)
             for number, class_id in self.class_mapping.items(): ids[number] = class_id
         elif self.reduce_zero_label: ids = np.where(ids == 0, self.ignore_index, ids - 1)
-        if self.class_mapping is None: ids[self.ignore_index] = self.ignore_index
+        if self.class_mapping is None and 0 <= self.ignore_index < len(ids): ids[self.ignore_index] = self.ignore_index
         return ids
 
 def load_mask(
@@ -693,11 +699,15 @@ def load_mask(
         raise BadImageError(f"its mask {str(path)!r} is of mode {image.mode!r}, and class ids need one number a pixel (grey or palette)")
     numbers = np.asarray(image.convert("L").point(lambda o: o // 255) if image.mode == "1" else image).astype(np.int64)
     ids = codes.table()[numbers.clip(0, 65535)]
-    if codes.num_classes is not None:
-        wrong = np.unique(numbers[(ids >= codes.num_classes) & (ids != codes.ignore_index)])
-        if len(wrong):
-            raise ValueError(f"Mask {str(path)!r} holds {', '.join(map(str, wrong[:10]))}, and there are {codes.num_classes} classes (0 to "
-                             f"{codes.num_classes - 1}) and ignore_index={codes.ignore_index}. Pass class_mapping=, reduce_zero_label= or ignore_index=.")
+    outside = (numbers < 0) | (numbers > 65535)
+    if outside.any(): ids = np.where(outside, codes.ignore_index, ids)
+    # What no mapping speaks of is a class or the ignored number, or a mistake.
+    lost = outside & (numbers != codes.ignore_index) & (codes.class_mapping is None)
+    wrong = np.unique(numbers[lost | ((ids >= (codes.num_classes or len(codes.table()))) & (ids != codes.ignore_index))])
+    if len(wrong):
+        known = "" if codes.num_classes is None else f"there are {codes.num_classes} classes (0 to {codes.num_classes - 1}) and "
+        raise ValueError(f"Mask {str(path)!r} holds {', '.join(map(str, wrong[:10]))}, and {known}ignore_index={codes.ignore_index}. "
+                         "Pass class_mapping=, reduce_zero_label= or ignore_index=.")
     return torch.from_numpy(ids)
 
 class MaskDataset(SampleDataset):
@@ -712,7 +722,9 @@ class MaskDataset(SampleDataset):
         split: str = "train",                       # named in messages
         class_names: Sequence[str] | None = None,   # names of the ids
     ) -> None:
-        super().__init__(samples, None, channels, on_bad_image, split, class_names)
+        # Decoding knows 1, 3 and 4 channels; a transform of one's own makes others of RGB.
+        own = not isinstance(transform, DensePipeline)
+        super().__init__(samples, None, 3 if own and channels not in READ_MODES else channels, on_bad_image, split, class_names)
         self.pipeline, self.codes = transform, codes
 
     @property
@@ -738,6 +750,7 @@ class MaskDataset(SampleDataset):
         "Image and mask after the transform."
         if isinstance(self.pipeline, DensePipeline): return self.pipeline({"image": image, "mask": mask})
         if is_albumentations(self.pipeline):
+            if getattr(self.pipeline, "seed", None) is None: reseed(self.pipeline)
             out: Any = self.pipeline(image=image.permute(1, 2, 0).contiguous().numpy(), mask=mask.numpy())
         else: out = self.pipeline(as_dense_sample({"image": image, "mask": mask}))
         if not isinstance(out, Mapping) or not {"image", "mask"} <= set(out):

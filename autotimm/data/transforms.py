@@ -7,9 +7,9 @@ __all__ = ['PIL_MODES', 'PRESETS', 'IMAGENET_DATA_CONFIG', 'INTERPOLATIONS', 'SC
            'to_uint8_image', 'list_transform_presets', 'TransformConfig', 'find_data_config',
            'resolve_backbone_data_config', 'fit_channels', 'apply_transform_config', 'ImagePipeline', 'ToUint8',
            'resize_image', 'ResizeAndCrop', 'eval_pipeline', 'RandomCrop', 'train_pipeline', 'as_dense_sample',
-           'Letterbox', 'DropTinyBoxes', 'DensePipeline', 'ImageOnly', 'dense_pipeline', 'albumentations_pipeline',
-           'is_albumentations', 'to_model_input', 'TransformAdapter', 'get_transforms_from_backbone',
-           'create_inference_transform']
+           'Letterbox', 'DropTinyBoxes', 'ScaleAtLeastOne', 'DensePipeline', 'ImageOnly', 'dense_pipeline',
+           'albumentations_pipeline', 'is_albumentations', 'to_model_input', 'reseed', 'TransformAdapter',
+           'get_transforms_from_backbone', 'create_inference_transform']
 
 # %% ../../nbs/11_data_transforms.ipynb #2fb410f0
 import dataclasses
@@ -425,6 +425,12 @@ class DropTinyBoxes(nn.Module):
 
 # %% ../../nbs/11_data_transforms.ipynb #57983b89
 TASKS = ("classification", "detection", "segmentation", "instance_segmentation")
+class ScaleAtLeastOne(v2.ScaleJitter):
+    "A random scale that leaves every side at least one pixel."
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        return {**params, "size": tuple(max(1, o) for o in params["size"])}
+
 JITTER = {"default": (0.5, 2.0), "light": (0.75, 1.25), "strong": (0.25, 2.0)}
 
 class DensePipeline(nn.Module):
@@ -462,16 +468,19 @@ def dense_pipeline(
 ) -> DensePipeline:                                 # dict with 'image' -> dict
     "The pipeline of a dense task: scaled, cropped and mirrored in training; resized to fit in evaluation."
     lookup({o: o for o in TASKS[1:]}, task, "Dense task")
-    _, height, width = data_config["input_size"]
+    height, width = data_config["input_size"][1:]
     fill, mask_fill = _fill(data_config), config.ignore_index if task == "segmentation" else 0
     if not is_train:
         return DensePipeline([Letterbox((height, width), data_config["interpolation"], fill, mask_fill, stretch)], data_config)
     if config.backend != "torchvision": raise ValueError(f"The dense tasks augment with torchvision, not with {config.backend!r}. "
                                                          "Pass your own train_transforms for another library.")
     low_high = lookup(JITTER, config.preset, f"Preset for {task}")
+    if config.preset == "strong" and data_config["input_size"][0] not in (1, 3):
+        raise ValueError(f"Preset 'strong' changes colours, and the model takes {data_config['input_size'][0]} channels. Use 'default' or 'light', "
+                         "or your own train_transforms.")
     fills: Any = {tv_tensors.Image: [float(o) for o in fill], tv_tensors.Mask: mask_fill, "others": 0}
     steps: list[nn.Module] = [
-        v2.ScaleJitter((height, width), scale_range=low_high, interpolation=_tensor_filter(data_config["interpolation"]), antialias=True),
+        ScaleAtLeastOne((height, width), scale_range=low_high, interpolation=_tensor_filter(data_config["interpolation"]), antialias=True),
         v2.RandomCrop((height, width), pad_if_needed=True, fill=fills)]
     if config.preset != "light": steps.append(v2.RandomHorizontalFlip())
     if config.preset == "strong": steps.append(v2.RandomPhotometricDistort())
@@ -535,6 +544,10 @@ def to_model_input(
     value = value.as_subclass(Tensor)
     return tvf.to_dtype(value, torch.float32, scale=True) if value.dtype != torch.float32 else value
 
+def reseed(transform: Any) -> None:
+    "Seed an albumentations pipeline from torch's random numbers, which differ from worker to worker and epoch to epoch."
+    transform.set_random_seed(int(torch.randint(2**31, ())))
+
 class TransformAdapter:
     "Calls any transform on a decoded image in the form that it expects."
     def __init__(
@@ -556,7 +569,7 @@ class TransformAdapter:
         if self.kind == "pipeline": return self.transform(image)
         if self.kind == "pil": return to_model_input(self.transform(tvf.to_pil_image(image)))
         transform: Any = self.transform
-        if self.reseed: transform.set_random_seed(int(torch.randint(2**31, ())))
+        if self.reseed: reseed(transform)
         array = image.permute(1, 2, 0).contiguous().numpy()
         return to_model_input(transform(image=array))
 

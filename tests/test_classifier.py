@@ -5,11 +5,11 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from small_models import tells_nothing_of_the_machine
 from torch.utils.data import DataLoader, TensorDataset
 
 from autotimm import (BackboneConfig, ImageClassifier, LoggingConfig, MetricConfig, list_optimizers, list_schedulers)
@@ -142,9 +142,7 @@ def test_a_checkpoint_tells_nothing_of_the_machine(tmp_path):
     trainer = pl.Trainer(max_epochs=1, limit_train_batches=1, **QUIET)
     trainer.fit(model, shapes())
     trainer.save_checkpoint(tmp_path / "m.ckpt")
-    raw = (tmp_path / "m.ckpt").read_bytes()
-    for secret in (str(Path.home()), socket.gethostname(), os.getcwd(), str(tmp_path)):
-        if len(secret) > 3: assert secret.encode() not in raw, secret
+    tells_nothing_of_the_machine(tmp_path / "m.ckpt", tmp_path)
 
 
 def test_resuming_with_another_number_of_classes_is_an_error(tmp_path):

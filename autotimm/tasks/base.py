@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'TrainableModule', 'log_figure', 'evaluating',
-           'Step', 'as_metric_configs', 'as_dataclass', 'VisionTask']
+           'Step', 'as_metric_configs', 'as_list', 'as_dataclass', 'VisionTask', 'DenseTask']
 
 # %% ../../nbs/17_tasks_base.ipynb #62a4a410
 import dataclasses
@@ -16,16 +16,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ..backbones import create_backbone
+from ..backbones import FeatureBackbone, create_backbone, create_feature_backbone
 from ..core import TRUSTED_MODULES, inherit_signature, object_path, seed_everything, to_plain
-from ..data.transforms import (TransformAdapter, TransformConfig, apply_transform_config,
-                                      get_transforms_from_backbone, to_uint8_image)
-from ..metrics import LoggingConfig, MetricConfig, MetricManager
+from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapter, TransformConfig, apply_transform_config,
+                                      dense_pipeline, get_transforms_from_backbone, to_uint8_image)
+from ..heads import Pyramid
+from ..metrics import LoggingConfig, MetricConfig, MetricManager, confusion_matrix
 from ..optim import create_optimizer, create_scheduler, parameter_groups, step_scheduler
+from ..viz import plot_confusion_matrix
 
 # %% ../../nbs/17_tasks_base.ipynb #2b2e624d
 def plain_hparams(
@@ -321,6 +324,14 @@ def as_metric_configs(
         if not isinstance(o, (MetricConfig, Mapping)): raise TypeError(f"metrics holds {o!r}, which is no MetricConfig.")
     return [o if isinstance(o, MetricConfig) else MetricConfig(**o) for o in metrics]
 
+def as_list(
+    images: Any,                      # an image, a list of images, or an array (B, H, W, C)
+) -> Sequence[Any]:                   # of images
+    "One image or several as several. Raises `ValueError` where there is none."
+    many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
+    if many and not len(images): raise ValueError("There is no image to preprocess: got an empty list.")
+    return images if many else [images]
+
 def as_dataclass(
     cls: type,                        # the dataclass wanted
     value: Any,                       # one of it, a dict of its fields, or None
@@ -361,7 +372,10 @@ class VisionTask(TrainableModule):
         self.num_classes = num_classes
         self.logging_config = self_logging or LoggingConfig(log_learning_rate=False, log_gradient_norm=False)
         self.transform_config = transform_config
+        self.confusion = confusion_matrix(num_classes) if self.logging_config.log_confusion_matrix else None
         self._sums: dict[str, tuple[Any, int]] = {}
+        self._checked: set[str] = set()
+        self._shown: list[tuple[Any, ...]] = []
 
     @property
     def class_names(self) -> list[str] | None:
@@ -384,14 +398,21 @@ class VisionTask(TrainableModule):
     def preprocess(self, images: Any, is_train: bool = False) -> Tensor:
         "Images (PIL, list of PIL, HWC or BHWC uint8 array) as a normalised batch (B, C, H, W); a tensor is only batched."
         if isinstance(images, Tensor): return images if images.ndim == 4 else images[None]
-        many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
-        if many and not len(images): raise ValueError("There is no image to preprocess: got an empty list.")
         transform, channels = TransformAdapter(self.get_transform(is_train)), self.data_config["input_size"][0]
-        return torch.stack([transform(to_uint8_image(o, channels)) for o in (images if many else [images])])
+        return torch.stack([transform(to_uint8_image(o, channels)) for o in as_list(images)])
 
     def compute(self, batch: Any, stage: str) -> Step:
         "Losses, scores and targets of a batch; a task supplies it."
         raise NotImplementedError(f"{type(self).__name__} must define compute(batch, stage) -> Step.")
+
+    def check(self, batch: Any) -> None:
+        "Raise `ValueError` for a batch that is not what the task needs; a task that looks supplies it."
+
+    def check_once(self, batch: Any, stage: str) -> None:
+        "Check the first batch of a stage: to look at every one would make a GPU wait."
+        if stage in self._checked: return
+        self.check(batch)
+        self._checked.add(stage)
 
     def make_metrics(self, defaults: list[MetricConfig], task: str, threshold: float = 0.5) -> MetricManager:
         "The metrics that were asked for, or the task's own."
@@ -402,7 +423,7 @@ class VisionTask(TrainableModule):
     def setup(self, stage: str) -> None:
         "Check that data and model agree on the classes, and take their names."
         super().setup(stage)
-        self._sums = {}
+        self._sums, self._checked = {}, set()
         data = getattr(self.trainer, "datamodule", None)
         count, names = getattr(data, "num_classes", None), getattr(data, "class_names", None)
         if isinstance(count, int) and count != self.num_classes:
@@ -464,9 +485,26 @@ class VisionTask(TrainableModule):
         "Log the test metrics."
         self._log_epoch("test")
 
+    def keep_for_figures(self, stage: str, images: Tensor, *found: Any) -> None:
+        "Keep the first images of a validation epoch, and what was found in each, if pictures are asked for."
+        config = self.logging_config
+        room = config.predictions_per_epoch - len(self._shown) if config.log_predictions and stage == "val" else 0
+        if room > 0: self._shown += move_data_to_device(list(zip(images[:room], *(o[:room] for o in found))), torch.device("cpu"))
+
+    def draw_predictions(self, images: Sequence[Tensor], *found: Sequence[Any], **look: Any) -> Any:
+        "A figure of the images that were kept; a task that draws supplies it. `look` is the normalisation to undo."
+        raise NotImplementedError(f"{type(self).__name__} must define draw_predictions(images, ...) to log predictions.")
+
     def figures(self) -> dict[str, Any]:
-        "Pictures of this validation epoch by name; a task that draws supplies them."
-        return {}
+        "Pictures of this validation epoch by name: predictions and the confusion matrix, if asked for."
+        found: dict[str, Any] = {}
+        if self._shown:
+            found["val/predictions"] = self.draw_predictions(*zip(*self._shown), mean=self.data_config["mean"], std=self.data_config["std"])
+            self._shown = []
+        if self.confusion is not None:
+            found["val/confusion_matrix"] = plot_confusion_matrix(self.confusion.compute(), self.class_names)
+            self.confusion.reset()
+        return found
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         "Log learning rate and norms, if asked to."
@@ -478,3 +516,35 @@ class VisionTask(TrainableModule):
         if config.log_weight_norm:
             weights = [p.detach() for p in self.parameters()]
             self.log("train/weight_norm", torch.nn.utils.get_total_norm(weights), on_step=True, on_epoch=False)
+
+# %% ../../nbs/17_tasks_base.ipynb #791f4eca
+class DenseTask(VisionTask):
+    "A task on feature maps, for images that are resized as a whole."
+    def __init__(
+        self,
+        backbone: Any,                              # name, Hub id, folder, config, transformers config or model
+        num_classes: int,                           # from 1
+        **kwargs: Any,
+    ):
+        super().__init__(backbone, num_classes, **kwargs)
+        info = self.backbone.feature_info
+        self.pyramid = Pyramid([o["num_chs"] for o in info], [o["reduction"] for o in info])
+
+    def build_backbone(self, backbone: Any, **given: Any) -> FeatureBackbone:
+        "A backbone with feature maps."
+        return create_feature_backbone(backbone, **given)
+
+    def get_transform(self, is_train: bool = False) -> ImagePipeline:
+        "The training or evaluation transform of an image alone; in evaluation nothing is cut off."
+        pipeline = dense_pipeline(self.data_config, self.transform_config or TransformConfig(), is_train)
+        return ImagePipeline([ToUint8(pipeline.channels), ImageOnly(pipeline)])
+
+    def prepare(
+        self,
+        images: Any,                                # (B, C, H, W) normalised; PIL images and arrays are preprocessed
+    ) -> tuple[Tensor, Tensor | None]:              # (B, C, H, W), and (B, 6) how each was resized; None for a tensor
+        "Images as the model takes them, and the way back to their pixels."
+        if isinstance(images, Tensor): return images if images.ndim == 4 else images[None], None
+        pipeline = dense_pipeline(self.data_config, self.transform_config or TransformConfig())
+        samples = [pipeline({"image": to_uint8_image(o, pipeline.channels)}) for o in as_list(images)]
+        return torch.stack([o["image"] for o in samples]), torch.stack([o["letterbox"] for o in samples])

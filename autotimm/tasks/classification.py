@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from ..heads import ClassificationHead
 from ..losses import create_loss
-from ..metrics import confusion_matrix, default_metrics
+from ..metrics import default_metrics
 from .base import Step, VisionTask, refuse_note
-from ..viz import plot_confusion_matrix, show_images, show_predictions
+from ..viz import show_images, show_predictions
 
 # %% ../../nbs/18_tasks_classification.ipynb #8c50340c
 def mix_batch(
@@ -75,9 +75,6 @@ class ImageClassifier(VisionTask):
         task = "multilabel" if multi_label else "multiclass"
         self.metrics = self.make_metrics(default_metrics(task), task, threshold)
         self.mixup = Mixup(mixup_alpha, cutmix_alpha, label_smoothing=0.0) if max(mixup_alpha, cutmix_alpha) > 0 else None
-        self.confusion = confusion_matrix(num_classes) if self.logging_config.log_confusion_matrix else None
-        self._checked: set[str] = set()
-        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         "Logits (B, num_classes) of images (B, C, H, W)."
@@ -87,11 +84,13 @@ class ImageClassifier(VisionTask):
         "Softmax, or sigmoid if multi-label."
         return logits.float().sigmoid() if self.multi_label else logits.float().softmax(-1)
 
+    def check(self, batch: Any) -> None:
+        "Raise `ValueError` for a batch that is not `(images, labels)`."
+        check_batch(batch, self.num_classes, self.multi_label, int(self.data_config["input_size"][0]))
+
     def compute(self, batch: Any, stage: str) -> Step:
         "Loss, probabilities and targets; a mixed batch is measured against the label with the larger share."
-        if stage not in self._checked:
-            check_batch(batch, self.num_classes, self.multi_label, int(self.data_config["input_size"][0]))
-            self._checked.add(stage)
+        self.check_once(batch, stage)
         x, y = batch
         if not self.multi_label: y = y.long()
         target = y
@@ -105,7 +104,8 @@ class ImageClassifier(VisionTask):
             check_batch(batch, self.num_classes, self.multi_label)
             raise
         scores = self.probabilities(logits.detach())
-        if stage == "val": self._keep_for_figures(x, scores, y)
+        if stage == "val" and self.confusion is not None: self.confusion.update(scores, y)
+        self.keep_for_figures(stage, x, scores, y)
         return Step({"loss": loss}, scores, y, len(x), logits.detach())
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -113,28 +113,13 @@ class ImageClassifier(VisionTask):
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self.probabilities(self(x))
 
-    def _keep_for_figures(self, x: Tensor, scores: Tensor, y: Tensor) -> None:
-        config = self.logging_config
-        if self.confusion is not None: self.confusion.update(scores, y)
-        room = config.predictions_per_epoch - len(self._shown) if config.log_predictions else 0
-        if room > 0: self._shown += list(zip(x[:room].cpu(), scores[:room].cpu(), y[:room].cpu()))
-
-    def figures(self) -> dict[str, Any]:
-        "Pictures of this validation epoch: predictions and the confusion matrix, if asked for."
-        found: dict[str, Any] = {}
-        if self._shown:
-            images, scores, targets = (torch.stack(o) for o in zip(*self._shown))
-            look = dict(mean=self.data_config["mean"], std=self.data_config["std"])
-            names = self.class_names or [str(i) for i in range(self.num_classes)]
-            if self.multi_label:
-                titles = [", ".join(n for n, p in zip(names, row) if p > self.threshold) or "none" for row in scores]
-                found["val/predictions"] = show_images(images, titles, **look)
-            else: found["val/predictions"] = show_predictions(images, scores, targets, names, **look)
-            self._shown = []
-        if self.confusion is not None:
-            found["val/confusion_matrix"] = plot_confusion_matrix(self.confusion.compute(), self.class_names)
-            self.confusion.reset()
-        return found
+    def draw_predictions(self, images: Sequence[Tensor], *found: Sequence[Any], **look: Any) -> Any:
+        "Images with what was predicted and what is true."
+        scores, targets = (torch.stack(list(o)) for o in found)
+        names = self.class_names or [str(i) for i in range(self.num_classes)]
+        if not self.multi_label: return show_predictions(images, scores, targets, names, **look)
+        titles = [", ".join(n for n, p in zip(names, row) if p > self.threshold) or "none" for row in scores]
+        return show_images(images, titles, **look)
 
 # %% ../../nbs/18_tasks_classification.ipynb #8e4bccfb
 def check_batch(batch: Any, num_classes: int, multi_label: bool, channels: int | None = None) -> None:

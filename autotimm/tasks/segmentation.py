@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones import FeatureBackbone, create_feature_backbone
 from ..core import inherit_signature
-from ..data.transforms import ImageOnly, ImagePipeline, ToUint8, TransformConfig, dense_pipeline
-from ..heads import Pyramid, create_segmentation_head, resize_map
+from ..heads import create_segmentation_head, resize_map
 from ..losses import create_segmentation_loss
-from ..metrics import STAGES, MetricManager, confusion_matrix, default_metrics
-from .base import Step, VisionTask, evaluating, refuse_note
-from ..viz import plot_confusion_matrix, show_masks
+from ..metrics import STAGES, MetricManager, default_metrics
+from .base import DenseTask, Step, evaluating, refuse_note
+from ..viz import show_masks
 
 # %% ../../nbs/19_tasks_segmentation.ipynb #ab47f89c
 def sliding_window(
@@ -78,7 +76,7 @@ def refuse_mask_metrics(metrics: MetricManager) -> None:
                                  "mean IoU or 'F1Score' for Dice, with average='macro'.")
 
 @inherit_signature
-class SemanticSegmentor(VisionTask):
+class SemanticSegmentor(DenseTask):
     "Semantic segmentation: a backbone's feature maps and a head that gives a class for every pixel."
     def __init__(
         self,
@@ -106,29 +104,14 @@ class SemanticSegmentor(VisionTask):
         self.remember(head_type=head_type, loss_fn=loss_fn, loss_type=loss_type, dice_weight=dice_weight, ce_weight=ce_weight,
                       ignore_index=ignore_index, class_weights=class_weights)
         self.ignore_index, self.loss_fn = ignore_index, loss
-        info = self.backbone.feature_info
-        self.pyramid = Pyramid([o["num_chs"] for o in info], [o["reduction"] for o in info])
         self.head = create_segmentation_head(head_type, self.pyramid.channels, num_classes)
         ignored = ignore_index if 0 <= ignore_index < num_classes else None
         self.metrics = self.make_metrics(default_metrics("segmentation", ignored), "multiclass")
         refuse_mask_metrics(self.metrics)
-        self.confusion = confusion_matrix(num_classes) if self.logging_config.log_confusion_matrix else None
-        self._checked: set[str] = set()
-        self._shown: list[tuple[Tensor, Tensor]] = []
-
-    def build_backbone(self, backbone: Any, **given: Any) -> FeatureBackbone:
-        "A backbone with feature maps."
-        return create_feature_backbone(backbone, **given)
-
-    def get_transform(self, is_train: bool = False) -> ImagePipeline:
-        "The training or evaluation transform of an image alone; in evaluation nothing is cut off."
-        config = (self.transform_config or TransformConfig()).with_overrides(ignore_index=self.ignore_index)
-        return ImagePipeline([ToUint8(self.data_config["input_size"][0]), ImageOnly(dense_pipeline(self.data_config, config, is_train))])
 
     def setup(self, stage: str) -> None:
         "Check that data and model agree on the classes and on what is ignored."
         super().setup(stage)
-        self._checked = set()
         theirs = getattr(getattr(self.trainer, "datamodule", None), "ignore_index", self.ignore_index)
         if theirs != self.ignore_index:
             raise ValueError(f"The model has ignore_index={self.ignore_index}, the data {theirs}. Build the model with ignore_index={theirs}.")
@@ -137,12 +120,14 @@ class SemanticSegmentor(VisionTask):
         "Logits (B, num_classes, h, w) of images (B, C, H, W), at the size of the head's map."
         return self.head(self.pyramid(self.backbone(images)))
 
+    def check(self, batch: Any) -> None:
+        "Raise `ValueError` for a batch without images and masks."
+        check_masks(batch, self.num_classes, self.ignore_index, int(self.data_config["input_size"][0]))
+
     def compute(self, batch: Any, stage: str) -> Step:
         "Loss at the size of the masks, and the classes of all pixels that count."
-        if stage in self._checked: x, mask = (batch["image"], batch["mask"]) if isinstance(batch, Mapping) else batch
-        else:
-            x, mask = check_masks(batch, self.num_classes, self.ignore_index, int(self.data_config["input_size"][0]))
-            self._checked.add(stage)
+        self.check_once(batch, stage)
+        x, mask = (batch["image"], batch["mask"]) if isinstance(batch, Mapping) else batch
         mask = mask.long()
         logits = resize_map(self(x), mask.shape[-2:])
         try: loss = self.loss_fn(logits, mask)
@@ -151,7 +136,8 @@ class SemanticSegmentor(VisionTask):
             check_masks((x, mask), self.num_classes, self.ignore_index)
             raise
         ids, kept = logits.detach().argmax(1), mask != self.ignore_index
-        if stage == "val": self._keep_for_figures(x, ids, mask, kept)
+        if stage == "val" and self.confusion is not None and bool(kept.any()): self.confusion.update(ids[kept], mask[kept])
+        self.keep_for_figures(stage, x, ids)
         if not len(self.metrics._of(stage)): kept = torch.zeros_like(kept)
         return Step({"loss": loss}, ids[kept], mask[kept], len(x))
 
@@ -177,21 +163,6 @@ class SemanticSegmentor(VisionTask):
         x = batch["image"] if isinstance(batch, Mapping) else batch[0] if isinstance(batch, (tuple, list)) else batch
         return resize_map(self(x), x.shape[-2:]).argmax(1)
 
-    def _keep_for_figures(self, x: Tensor, ids: Tensor, mask: Tensor, kept: Tensor) -> None:
-        config = self.logging_config
-        if self.confusion is not None and bool(kept.any()): self.confusion.update(ids[kept], mask[kept])
-        room = config.predictions_per_epoch - len(self._shown) if config.log_predictions else 0
-        if room > 0: self._shown += list(zip(x[:room].cpu(), ids[:room].cpu()))
-
-    def figures(self) -> dict[str, Any]:
-        "Pictures of this validation epoch: predicted masks and the confusion matrix of pixels, if asked for."
-        found: dict[str, Any] = {}
-        if self._shown:
-            images, ids = zip(*self._shown)
-            self._shown = []
-            look = dict(mean=self.data_config["mean"], std=self.data_config["std"])
-            found["val/predictions"] = show_masks(images, ids, self.class_names, ignore_index=self.ignore_index, **look)
-        if self.confusion is not None:
-            found["val/confusion_matrix"] = plot_confusion_matrix(self.confusion.compute(), self.class_names)
-            self.confusion.reset()
-        return found
+    def draw_predictions(self, images: Sequence[Tensor], *found: Sequence[Any], **look: Any) -> Any:
+        "Images under the masks that were predicted."
+        return show_masks(images, found[0], self.class_names, ignore_index=self.ignore_index, **look)

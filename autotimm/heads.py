@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEGMENTATION_HEADS', 'ClassificationHead', 'ConvNormAct', 'resize_map', 'Pyramid', 'FPN', 'PooledContext', 'ASPP',
-           'DeepLabV3PlusHead', 'FCNHead', 'FPNHead', 'UPerNetHead', 'create_segmentation_head']
+           'DeepLabV3PlusHead', 'FCNHead', 'FPNHead', 'UPerNetHead', 'create_segmentation_head', 'DetectionHead',
+           'MaskHead']
 
 # %% ../nbs/05_heads.ipynb #c8697b67
 import math
@@ -252,3 +253,97 @@ def create_segmentation_head(
     if head_type == "fcn": return FCNHead(in_channels_list[-1], num_classes)
     heads: dict[str, type[nn.Module]] = {"deeplabv3plus": DeepLabV3PlusHead, "fpn": FPNHead, "upernet": UPerNetHead}
     return heads[head_type](in_channels_list, num_classes)
+
+# %% ../nbs/05_heads.ipynb #555fcae1
+def _group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
+    "Group normalisation with `num_groups` groups, or the most below that which divide the channels."
+    # Two channels a group at least: one alone, on a map of 1 by 1, would be normalised to nothing.
+    most = max(1, min(num_groups, channels // 2))
+    return nn.GroupNorm(max(o for o in range(1, most + 1) if channels % o == 0), channels)
+
+def _tower(channels: int, num_convs: int, num_groups: int) -> nn.Sequential:
+    "3 by 3 convolutions with ReLU, normalised unless `num_groups` is 0."
+    layers: list[nn.Module] = []
+    for _ in range(num_convs):
+        layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+        if num_groups: layers.append(_group_norm(channels, num_groups))
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+class DetectionHead(nn.Module):
+    "Maps of some levels to class, distances to the edges and centreness of each place."
+    def __init__(
+        self,
+        in_channels: int = 256,         # of every level
+        num_classes: int = 80,          # C
+        num_convs: int = 4,             # in each tower
+        prior_prob: float = 0.01,       # what every class gives at first, above 0 and below 1
+        use_group_norm: bool = True,    # normalise after each convolution of the towers
+        num_groups: int = 32,           # of the normalisation; fewer where they do not divide the channels
+        num_levels: int = 5,            # that have a scale of their own; further ones share the last
+    ):
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("num_classes", num_classes), ("num_groups", num_groups), ("num_levels", num_levels)):
+            if value < 1: raise ValueError(f"{name} must be positive, got {value!r}.")
+        if not 0 < prior_prob < 1: raise ValueError(f"prior_prob must be above 0 and below 1, got {prior_prob!r}.")
+        groups = num_groups if use_group_norm else 0
+        self.cls_tower, self.box_tower = (_tower(in_channels, num_convs, groups) for _ in range(2))
+        self.classify = nn.Conv2d(in_channels, num_classes, 3, padding=1)
+        # The four distances and the centreness in one, which is faster than two.
+        self.locate = nn.Conv2d(in_channels, 5, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(num_levels))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None: nn.init.zeros_(module.bias)
+        nn.init.constant_(self.classify.bias, math.log(prior_prob / (1 - prior_prob)))  # type: ignore[arg-type]
+
+    def forward_single(
+        self,
+        x: Tensor,                      # (B, in_channels, h, w)
+        scale_idx: int = 0,             # the level, from 0
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, C, h, w) logits, (B, 4, h, w) distances in strides, float32, (B, 1, h, w) logits
+        "What the head says to the map of one level."
+        located = self.locate(self.box_tower(x))
+        scale = self.scales[min(scale_idx, len(self.scales) - 1)]
+        # Half precision would round the edges of large boxes by pixels; e to the 7 is more strides than any image has.
+        distances = (located[:, :4].float() * scale).clamp(max=7).exp()
+        return self.classify(self.cls_tower(x)), distances, located[:, 4:]
+
+    def forward(
+        self,
+        maps: Sequence[Tensor],         # (B, in_channels, h_i, w_i) of each level
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # of each level: class logits, distances (l, t, r, b) in strides, centreness logits
+        classes, distances, central = zip(*(self.forward_single(x, i) for i, x in enumerate(maps)))
+        return list(classes), list(distances), list(central)
+
+# %% ../nbs/05_heads.ipynb #bc411c44
+class MaskHead(nn.Module):
+    "Features of each box to a map of mask logits for each class."
+    def __init__(
+        self,
+        in_channels: int = 256,         # of the features
+        num_classes: int = 80,          # C
+        hidden_channels: int = 256,     # between
+        num_convs: int = 4,             # 3 by 3 convolutions before the map is doubled
+        mask_size: int = 28,            # S: height and width of the masks; doubling gives it where the features are half of it
+    ):
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("mask_size", mask_size)):
+            if value < 1: raise ValueError(f"{name} must be positive, got {value!r}.")
+        self.mask_size = mask_size
+        widths = [in_channels] + [hidden_channels] * num_convs
+        self.convs = nn.Sequential(*(layer for a, b in zip(widths, widths[1:])
+                                     for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU(inplace=True))))
+        self.upsample = nn.ConvTranspose2d(widths[-1], hidden_channels, 2, stride=2)
+        self.classify = nn.Conv2d(hidden_channels, num_classes, 1)
+        for module in (*self.convs, self.upsample, self.classify):
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None: nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        roi_features: Tensor,           # (N, in_channels, h, w), usually of 14 by 14
+    ) -> Tensor:                        # (N, C, S, S) logits
+        return resize_map(self.classify(F.relu(self.upsample(self.convs(roi_features)))), (self.mask_size, self.mask_size))

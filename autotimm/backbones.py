@@ -738,6 +738,16 @@ class FeatureBackbone(_Base):
         "Feature maps from fine to coarse."
         return self.features(x)
 
+    def keep(
+        self,
+        positions: Sequence[int],   # of the returned maps, from 0
+    ) -> None:
+        "Return these maps alone; what the others need is dropped or frozen, and `to_spec` says so too."
+        _, indices = self._find_levels()
+        self._wanted = self._indices = tuple(indices[i] for i in positions)
+        self._library.prune(self.model, self._indices)
+        self._freeze_unused(_try(self.model, self.forward, self._size(), self.name))
+
     @classmethod
     def from_spec(
         cls,

@@ -68,14 +68,17 @@ class Pyramid(nn.Module):
         self,
         channels: Sequence[int],    # of each map
         strides: Sequence[int],     # of each map, pixels
+        wanted: Sequence[float] | None = None,  # strides; only levels within half an octave of one are made. None: all
     ):
         super().__init__()
-        grows = all(b > a for a, b in zip(strides, strides[1:]))
+        self.grows = all(b > a for a, b in zip(strides, strides[1:]))
         # A map of stride 4 or a little less comes first, however large the patches are.
-        up = 0 if grows else min(max(round(math.log2(strides[0] / 4)), 0), 2)
-        self.channels = list(channels)
-        self.strides = [float(o) for o in strides] if grows else [strides[0] * 2.0 ** (i - up) for i in range(len(strides))]
-        self.levels = nn.ModuleList(nn.Identity() if grows else self._level(c, i - up) for i, c in enumerate(channels))
+        up = 0 if self.grows else min(max(round(math.log2(strides[0] / 4)), 0), 2)
+        made = [float(o) for o in strides] if self.grows else [strides[0] * 2.0 ** (i - up) for i in range(len(strides))]
+        self.kept = [i for i, o in enumerate(made) if wanted is None or any(abs(math.log2(o / w)) <= 0.5 for w in wanted)]
+        if not self.kept: raise ValueError(f"There is no map of stride {' or '.join(f'{o:g}' for o in wanted or [])}: the strides are {made}.")
+        self.channels, self.strides = [channels[i] for i in self.kept], [made[i] for i in self.kept]
+        self.levels = nn.ModuleList(nn.Identity() if self.grows else self._level(channels[i], i - up) for i in self.kept)
 
     @staticmethod
     def _level(channels: int, power: int) -> nn.Module:
@@ -91,7 +94,7 @@ class Pyramid(nn.Module):
         self,
         maps: Sequence[Tensor],     # (B, C_i, h_i, w_i) of each level
     ) -> list[Tensor]:              # the same with strides that grow
-        return [level(x) for level, x in zip(self.levels, maps, strict=True)]
+        return [level(maps[i]) for level, i in zip(self.levels, self.kept)]
 
 # %% ../nbs/05_heads.ipynb #63ecdcd1
 class FPN(nn.Module):

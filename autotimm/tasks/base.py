@@ -520,19 +520,24 @@ class VisionTask(TrainableModule):
 # %% ../../nbs/17_tasks_base.ipynb #791f4eca
 class DenseTask(VisionTask):
     "A task on feature maps, for images that are resized as a whole."
-    def __init__(
-        self,
-        backbone: Any,                              # name, Hub id, folder, config, transformers config or model
-        num_classes: int,                           # from 1
-        **kwargs: Any,
-    ):
-        super().__init__(backbone, num_classes, **kwargs)
-        info = self.backbone.feature_info
-        self.pyramid = Pyramid([o["num_chs"] for o in info], [o["reduction"] for o in info])
+    pyramid: Pyramid
 
     def build_backbone(self, backbone: Any, **given: Any) -> FeatureBackbone:
         "A backbone with feature maps."
         return create_feature_backbone(backbone, **given)
+
+    def make_pyramid(
+        self,
+        wanted: Sequence[float] | None = None,      # strides of the maps that are used; None: all
+    ) -> Pyramid:                                   # of the backbone's maps
+        "A pyramid of the maps that are used; the backbone computes no other."
+        info = self.backbone.feature_info
+        channels, strides = [o["num_chs"] for o in info], [o["reduction"] for o in info]
+        pyramid = Pyramid(channels, strides, wanted)
+        if not pyramid.grows or len(pyramid.kept) == len(info): return pyramid
+        self.backbone.keep(pyramid.kept)
+        self.remember(backbone=self.backbone.to_spec())
+        return Pyramid(pyramid.channels, [strides[i] for i in pyramid.kept])
 
     def get_transform(self, is_train: bool = False) -> ImagePipeline:
         "The training or evaluation transform of an image alone; in evaluation nothing is cut off."

@@ -104,6 +104,7 @@ class SemanticSegmentor(DenseTask):
         self.remember(head_type=head_type, loss_fn=loss_fn, loss_type=loss_type, dice_weight=dice_weight, ce_weight=ce_weight,
                       ignore_index=ignore_index, class_weights=class_weights)
         self.ignore_index, self.loss_fn = ignore_index, loss
+        self.pyramid = self.make_pyramid()
         self.head = create_segmentation_head(head_type, self.pyramid.channels, num_classes)
         ignored = ignore_index if 0 <= ignore_index < num_classes else None
         self.metrics = self.make_metrics(default_metrics("segmentation", ignored), "multiclass")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plain_text', 'new_figure', 'to_picture', 'show_images', 'show_predictions', 'class_colors', 'show_masks',
-           'plot_curves', 'plot_confusion_matrix', 'Table']
+           'show_boxes', 'plot_curves', 'plot_confusion_matrix', 'Table']
 
 # %% ../nbs/10_viz.ipynb #8ef6bbe4
 import html
@@ -122,6 +122,21 @@ def class_colors(n: int) -> np.ndarray:            # (n, 3) from 0 to 1
     order = [*range(0, 20, 2), *range(1, 20, 2)]
     return np.array([few(order[i])[:3] if i < 20 else many((i * 0.618) % 1)[:3] for i in range(n)])
 
+def _to_array(values: Any) -> np.ndarray:
+    "A tensor or list as an array."
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+def _to_rgb(image: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> np.ndarray:
+    "(H, W, 3) from 0 to 1, to paint on."
+    picture = to_picture(image, mean, std)
+    return np.repeat(picture[..., None], 3, 2) if picture.ndim == 2 else picture[..., :3].copy()
+
+def _tint(picture: np.ndarray, where: np.ndarray, color: np.ndarray, opacity: float) -> np.ndarray:
+    "The picture with colour over it. Raises `ValueError` for a mask of another size."
+    if picture.shape[:2] != where.shape: raise ValueError(f"The image has {picture.shape[:2]} pixels, its mask {where.shape}.")
+    picture[where] = (1 - opacity) * picture[where] + opacity * color
+    return picture
+
 def show_masks(
     images: Any,                                   # (N, C, H, W) tensor, or a list of images
     masks: Any,                                    # (N, H, W) class ids, or a list of them
@@ -137,16 +152,12 @@ def show_masks(
     "A grid of images under their masks."
     if len(images) != len(masks): raise ValueError(f"{len(images)} images but {len(masks)} masks.")
     painted, seen = [], set()
-    shown = [np.asarray(masks[i].detach().cpu() if hasattr(masks[i], "detach") else masks[i]) for i in range(min(len(masks), max_images))]
+    shown = [_to_array(masks[i]) for i in range(min(len(masks), max_images))]
     count = max([len(class_names or []), *(int(o[o != ignore_index].max(initial=0)) + 1 for o in shown)])
     colors = class_colors(count)
     for image, mask in zip(images, shown):
-        picture = to_picture(image, mean, std)
-        picture = np.repeat(picture[..., None], 3, 2) if picture.ndim == 2 else picture[..., :3].copy()
-        if picture.shape[:2] != mask.shape: raise ValueError(f"The image has {picture.shape[:2]} pixels, its mask {mask.shape}.")
         kept = (mask != ignore_index) & (mask >= 0)
-        picture[kept] = (1 - opacity) * picture[kept] + opacity * colors[mask[kept]]
-        painted.append(picture)
+        painted.append(_tint(_to_rgb(image, mean, std), kept, colors[mask[kept]], opacity))
         seen |= set(np.unique(mask[kept]).tolist())
     figure = show_images(painted, titles, max_images=max_images, **kwargs)
     if seen:
@@ -154,6 +165,55 @@ def show_masks(
         names = list(class_names or map(str, range(count)))
         figure.legend(handles=[Patch(color=tuple(colors[i]), label=plain_text(names[i]) if i < len(names) else str(i)) for i in sorted(seen)],
                       loc="outside right upper", fontsize=7, frameon=False)
+    return figure
+
+# %% ../nbs/10_viz.ipynb #a5212454
+def _draw_box(axes: Any, box: np.ndarray, color: Any, text: str) -> None:
+    "A box with a name at its upper left corner."
+    from matplotlib.patches import Rectangle
+    # Pixel i reaches from i - 0.5 to i + 0.5 in matplotlib, and from i to i + 1 in our boxes.
+    x0, y0, x1, y1 = (box - 0.5).tolist()
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.2))
+    axes.text(x0, y0, plain_text(text), fontsize=6, color="white", va="bottom", clip_on=True,
+              bbox=dict(facecolor=color, edgecolor="none", pad=0.6, alpha=0.8))
+
+def _per_image(values: Any, count: int, what: str) -> list[np.ndarray]:
+    "One array an image. Raises `ValueError` for another number of them."
+    if len(values) != count: raise ValueError(f"{count} images but {len(values)} of {what}.")
+    return [_to_array(o) for o in values]
+
+def show_boxes(
+    images: Any,                                   # (N, C, H, W) tensor, or a list of images
+    boxes: Sequence[Any],                          # an image: (K, 4) xyxy, pixels
+    labels: Sequence[Any],                         # an image: (K,) class ids
+    class_names: Sequence[str] | None = None,      # names for the ids
+    scores: Sequence[Any] | None = None,           # an image: (K,) from 0 to 1
+    masks: Sequence[Any] | None = None,            # an image: (K, H, W) bool
+    mean: Sequence[float] | None = None,           # normalisation to undo
+    std: Sequence[float] | None = None,            # normalisation to undo
+    max_images: int = 8,                           # at most so many
+    titles: Sequence[object] | None = None,        # one an image
+    **kwargs: Any,                                 # further arguments of `show_images`
+) -> Figure:                                     # a grid of panels
+    "A grid of images with boxes and names. Raises `ValueError` where the numbers of boxes and labels differ."
+    count = len(images)
+    corners, ids = _per_image(boxes, count, "boxes"), _per_image(labels, count, "labels")
+    confident = _per_image(scores, count, "scores") if scores is not None else None
+    tints = _per_image(masks, count, "masks") if masks is not None else None
+    colors = class_colors(max([len(class_names or []), *(int(o.max(initial=-1)) + 1 for o in ids)]))
+    shown = range(min(count, max_images))
+    for i in shown:
+        for what, values in (("labels", ids), ("scores", confident), ("masks", tints)):
+            if values is not None and len(values[i]) != len(corners[i]):
+                raise ValueError(f"Image {i} has {len(corners[i])} boxes but {len(values[i])} {what}.")
+    painted = [_to_rgb(images[i], mean, std) for i in shown]
+    for i in shown:
+        for label, mask in zip(ids[i], tints[i]) if tints is not None else (): _tint(painted[i], mask.astype(bool), colors[label], 0.5)
+    figure = show_images(painted, titles, max_images=max_images, **{"columns": min(max(len(shown), 1), 4), "size": 2.4, **kwargs})
+    for i, axes in enumerate(figure.axes):
+        for k, (box, label) in enumerate(zip(corners[i], ids[i].tolist())):
+            name = class_names[label] if class_names is not None and label < len(class_names) else str(label)
+            _draw_box(axes, box, tuple(colors[label]), name if confident is None else f"{name} {confident[i][k]:.2f}")
     return figure
 
 # %% ../nbs/10_viz.ipynb #0070f139

@@ -9,7 +9,8 @@ __all__ = ['READ_MODES', 'IMAGE_SUFFIXES', 'SPLIT_FOLDERS', 'SEPARATORS', 'BUILT
            'find_split_folders', 'read_folders', 'read_table', 'pick_column', 'label_text', 'image_root',
            'read_csv_split', 'read_multilabel_split', 'find_builtin', 'builtin_dataset', 'read_builtin',
            'load_hf_dataset', 'read_hf_dataset', 'BadImage', 'BadImageLog', 'SampleDataset', 'CSVImageDataset',
-           'MultiLabelImageDataset', 'MaskCodes', 'load_mask', 'MaskDataset', 'read_masks', 'read_mask_csv']
+           'MultiLabelImageDataset', 'MaskCodes', 'load_mask', 'DenseDataset', 'MaskDataset', 'read_masks',
+           'read_mask_csv']
 
 # %% ../../nbs/12_data_readers.ipynb #e43755cf
 import csv
@@ -31,11 +32,14 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from ..core import lookup, near_matches, require
-from .transforms import DensePipeline, TransformAdapter, as_dense_sample, is_albumentations, reseed, to_model_input, to_uint8_image
+from .transforms import DensePipeline, TransformAdapter, as_dense_sample, is_albumentations, needs_seed, reseed, to_model_input, to_uint8_image
 
 # %% ../../nbs/12_data_readers.ipynb #9bc1fda8
 class BadImageError(ValueError):
-    "An image that is missing or cannot be decoded."
+    "An image that is missing or cannot be decoded; `.image` names it, where that is known."
+    def __init__(self, message: str, image: str = "") -> None:
+        super().__init__(message)
+        self.image = image
 
 READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
 
@@ -100,13 +104,13 @@ class Sample:
 @dataclass
 class Splits:
     "The samples of a data set by split, and the names of its classes."
-    train: list[Sample] = field(default_factory=list)   # training samples
-    val: list[Sample] | None = None                     # None: there are none, split them off
-    test: list[Sample] | None = None                    # None: there are none
+    train: Any = field(default_factory=list)            # training samples: a list, or a compact sequence such as `Annotations`
+    val: Any = None                                     # the same; None: there are none, split them off
+    test: Any = None                                    # the same; None: there are none
     class_names: list[str] | None = None                # None: to be found from the training samples
     ignored: int = 0                                    # files passed over since they are no images
 
-    def items(self) -> list[tuple[str, list[Sample]]]:
+    def items(self) -> list[tuple[str, Any]]:
         "(name, samples) of the splits that there are."
         return [(n, s) for n in ("train", "val", "test") if (s := getattr(self, n)) is not None]
 
@@ -552,7 +556,9 @@ class SampleDataset(Dataset):
         split: str = "train",                             # named in messages
         class_names: Sequence[str] | None = None,         # names of the ids
     ) -> None:
-        self.samples, self.split = list(samples), split
+        # A compact sequence stays as it is: as a list it would cost each worker a copy.
+        self.samples: Any = list(samples) if isinstance(samples, (list, tuple)) else samples
+        self.split = split
         self.class_names = list(class_names) if class_names is not None else None
         # Decoding knows 1, 3 and 4 channels; a model with others comes with transforms of its own, which get RGB.
         own = TransformAdapter(transform).kind != "pipeline"
@@ -580,7 +586,7 @@ class SampleDataset(Dataset):
         "(C, H, W) uint8: the decoded image. Raises `BadImageError` that names it."
         sample = self.samples[index]
         try: return load_image(sample.image, self.adapter.channels)
-        except BadImageError as e: raise BadImageError(f"{sample.name}: {e}") from e
+        except BadImageError as e: raise BadImageError(f"{sample.name}: {e}", sample.name) from e
 
     def read(self, index: int) -> Any:
         "The item as the model takes it. Raises `BadImageError`."
@@ -590,7 +596,7 @@ class SampleDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         try: return self.read(index)
         except BadImageError as e:
-            name, cause = self.samples[index].name, str(e.__cause__).rstrip(".")
+            name, cause = e.image or self.samples[index].name, str(e.__cause__).rstrip(".")
             if self.bad_images.on_bad_image == "raise":
                 raise BadImageError(f"Image {name!r} of the {self.split} data cannot be read: {cause}. Repair or remove it, or pass "
                                     'on_bad_image="skip" or "report".') from e
@@ -710,7 +716,38 @@ def load_mask(
                          "Pass class_mapping=, reduce_zero_label= or ignore_index=.")
     return torch.from_numpy(ids)
 
-class MaskDataset(SampleDataset):
+class DenseDataset(SampleDataset):
+    "Images with a transform that moves more than the image."
+    def __init__(
+        self,
+        samples: Sequence[Sample],                  # any sequence; one that is no list is not copied
+        transform: Callable[..., Any],              # a `DensePipeline`, albumentations', or any that takes a dict as `as_dense_sample` makes it
+        channels: int = 3,                          # 1: grey, 3: RGB, 4: RGB and alpha
+        on_bad_image: str = "raise",                # 'raise', 'skip' or 'report'
+        split: str = "train",                       # named in messages
+        class_names: Sequence[str] | None = None,   # names of the ids
+    ) -> None:
+        # Decoding knows 1, 3 and 4 channels; a transform of one's own makes others of RGB.
+        own = not isinstance(transform, DensePipeline)
+        super().__init__(samples, None, 3 if own and channels not in READ_MODES else channels, on_bad_image, split, class_names)
+        self.pipeline, self.reseed = transform, needs_seed(transform)
+
+    @property
+    def transform(self) -> Callable[..., Any] | None:
+        "The transform as it was given."
+        return self.pipeline
+
+    @property
+    def makes_model_input(self) -> bool:
+        "Whether its images are normalised as the model's are, so that a picture of them can be undone."
+        return isinstance(self.pipeline, DensePipeline)
+
+    def augment(self, image: Tensor, **parts: Any) -> Any:
+        "Call albumentations on a decoded image and what belongs to it."
+        if self.reseed: reseed(self.pipeline)
+        return self.pipeline(image=image.permute(1, 2, 0).contiguous().numpy(), **parts)
+
+class MaskDataset(DenseDataset):
     "Images with semantic masks: item `i` is a dict with image, mask, image_id and orig_size."
     def __init__(
         self,
@@ -722,20 +759,8 @@ class MaskDataset(SampleDataset):
         split: str = "train",                       # named in messages
         class_names: Sequence[str] | None = None,   # names of the ids
     ) -> None:
-        # Decoding knows 1, 3 and 4 channels; a transform of one's own makes others of RGB.
-        own = not isinstance(transform, DensePipeline)
-        super().__init__(samples, None, 3 if own and channels not in READ_MODES else channels, on_bad_image, split, class_names)
-        self.pipeline, self.codes = transform, codes
-
-    @property
-    def transform(self) -> Callable[..., Any] | None:
-        "The transform as it was given."
-        return self.pipeline
-
-    @property
-    def makes_model_input(self) -> bool:
-        "Whether its images are normalised as the model's are, so that a picture of them can be undone."
-        return isinstance(self.pipeline, DensePipeline)
+        super().__init__(samples, transform, channels, on_bad_image, split, class_names)
+        self.codes = codes
 
     def read(self, index: int) -> dict[str, Any]:
         "The item as the model takes it. Raises `BadImageError`."
@@ -749,9 +774,7 @@ class MaskDataset(SampleDataset):
     def _move(self, image: Tensor, mask: Tensor) -> dict[str, Any]:
         "Image and mask after the transform."
         if isinstance(self.pipeline, DensePipeline): return self.pipeline({"image": image, "mask": mask})
-        if is_albumentations(self.pipeline):
-            if getattr(self.pipeline, "seed", None) is None: reseed(self.pipeline)
-            out: Any = self.pipeline(image=image.permute(1, 2, 0).contiguous().numpy(), mask=mask.numpy())
+        if is_albumentations(self.pipeline): out: Any = self.augment(image, mask=mask.numpy())
         else: out = self.pipeline(as_dense_sample({"image": image, "mask": mask}))
         if not isinstance(out, Mapping) or not {"image", "mask"} <= set(out):
             raise TypeError(f"A transform for masks takes and returns a dict with 'image' and 'mask', got {type(out).__name__} from {type(self.pipeline).__name__}.")

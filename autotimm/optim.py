@@ -203,6 +203,7 @@ _SHAPES: dict[str, Callable[[float, float], float]] = {  # name -> (progress 0 t
     "linear": lambda t, power: 1 - t,
     "polynomial": lambda t, power: (1 - t) ** power,
     "constant": lambda t, power: 1.0,
+    "yolox": lambda t, power: 0.5 * (1 + math.cos(math.pi * t)),
 }
 
 def _shape_factor(
@@ -212,10 +213,12 @@ def _shape_factor(
     warmup: int,                                # of them for the warm-up
     floor: float,                               # lowest factor after the warm-up
     power: float,                               # of the polynomial
+    rest: int = 0,                              # steps at the end, at the lowest factor
+    ramp: int = 1,                              # power of the warm-up
 ) -> float:
     "Factor of the learning rate after `count` steps."
-    if count < warmup: return (count + 1) / (warmup + 1)
-    progress = min((count - warmup) / max(1, total - warmup), 1.0)
+    if count < warmup: return ((count + 1) / (warmup + 1)) ** ramp
+    progress = min((count - warmup) / max(1, total - warmup - rest), 1.0)
     return floor + (1 - floor) * shape(progress, power)
 
 _TORCH_SCHEDULERS = {  # name -> class of torch, when it steps unless told otherwise
@@ -321,17 +324,19 @@ def _shape_scheduler(
     optimizer: Optimizer,                       # whose groups' rates are scaled
     length: Callable[[], int],                  # how often it will step
     warmup: int,                                # of them for the warm-up
+    rest: int,                                  # of them at the end, at the lowest rate
     params: dict[str, Any],                     # min_lr, power
 ) -> lr_scheduler.LambdaLR:
     "A schedule in closed form; all groups get the same factor, so that their ratios stay."
-    min_lr, power = params.pop("min_lr", 0.0), params.pop("power", 0.9)
-    if params: raise TypeError(f"Scheduler {name!r} takes no argument {sorted(params)[0]!r}. It takes: min_lr, power (polynomial), "
-                               "warmup_epochs, warmup_steps, interval, frequency.")
     top = max(g["lr"] / g.get("lr_scale", 1.0) for g in optimizer.param_groups)
+    min_lr, power = params.pop("min_lr", 0.05 * top if name == "yolox" else 0.0), params.pop("power", 0.9)
+    if params: raise TypeError(f"Scheduler {name!r} takes no argument {sorted(params)[0]!r}. It takes: min_lr, power (polynomial), "
+                               "warmup_epochs, warmup_steps, no_aug_epochs (yolox), interval, frequency.")
     if not 0 <= min_lr <= top: raise ValueError(f"min_lr must be from 0 to the learning rate {top:g}, got {min_lr!r}.")
     total = length() if name != "constant" else 1
     return lr_scheduler.LambdaLR(optimizer, partial(_shape_factor, shape=_SHAPES[name], total=total, warmup=warmup,
-                                                    floor=min_lr / top if top else 0.0, power=power))
+                                                    floor=min_lr / top if top else 0.0, power=power,
+                                                    rest=rest, ramp=2 if name == "yolox" else 1))
 
 def _torch_scheduler(
     cls: Any,                                   # a class that follows torch's protocol
@@ -429,10 +434,12 @@ def create_scheduler(
     if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
         raise ValueError(f"frequency must be a positive int, got {frequency!r}.")
     warmup = _warmup_count(params, steps_per_epoch, interval, path)
+    # The epochs at the end in which YOLOX no longer augments strongly are trained at the lowest rate.
+    rest = (params.pop("no_aug_epochs", 0) if name == "yolox" else 0) * (steps_per_epoch if interval == "step" else 1)
     full = lambda: _count(total_steps, steps_per_epoch, max_epochs, interval, path)
     # timm is told the step itself; the others count how often they were called.
     length, ramp = lambda: math.ceil(full() / frequency), math.ceil(warmup / frequency)
-    if cls is None: made: Any = _shape_scheduler(name, optimizer, length, ramp, params)
+    if cls is None: made: Any = _shape_scheduler(name, optimizer, length, ramp, math.ceil(rest / frequency), params)
     elif isinstance(cls, type) and issubclass(cls, TimmScheduler):
         made = _timm_scheduler(cls, optimizer, full, warmup, interval == "epoch", monitor, params)
     else: made = _torch_scheduler(cls, optimizer, length, ramp, monitor, params)

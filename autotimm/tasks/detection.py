@@ -78,22 +78,30 @@ class FCOS(nn.Module):
         outputs: Outputs,                   # of `forward`
         boxes_xyxy: Sequence[Tensor],       # an image: (N, 4), pixels
         labels: Sequence[Tensor],           # an image: (N,) class ids
+        targets: FCOSTargets | None = None, # of `assign`, if known already
     ) -> dict[str, Tensor]:                 # cls_loss, reg_loss, centerness_loss, total_loss and num_pos
         "The loss of a batch, and how many places have an object."
-        classes, distances, central = outputs
-        targets = self.assign(classes, boxes_xyxy, labels)
-        found = ltrb_to_xyxy(torch.cat(self.points(classes)), flatten_levels(distances))
-        losses = self.loss_fn(flatten_levels(classes), found, flatten_levels(central), targets.labels, targets.boxes_xyxy, targets.centerness)
+        classes, _, central = outputs
+        targets = targets or self.assign(classes, boxes_xyxy, labels)
+        losses = self.loss_fn(flatten_levels(classes), self.decode_boxes(outputs), flatten_levels(central), targets.labels,
+                              targets.boxes_xyxy, targets.centerness)
         return {**losses, "num_pos": targets.foreground.sum()}
+
+    def decode_boxes(
+        self,
+        outputs: Outputs,                   # of `forward`
+    ) -> Tensor:                            # (B, P, 4) xyxy, pixels
+        "The box that each place tells."
+        return ltrb_to_xyxy(torch.cat(self.points(outputs[1])), flatten_levels(outputs[1]).float())
 
     def decode(
         self,
         outputs: Outputs,                   # of `forward`
     ) -> tuple[Tensor, Tensor]:             # (B, P, 4) xyxy, pixels, and (B, P, C) scores from 0 to 1
         "Box and scores of each place: the root of class probability times centreness."
-        classes, distances, central = outputs
+        classes, _, central = outputs
         scores = (flatten_levels(classes).float().sigmoid() * flatten_levels(central).float().sigmoid()).sqrt()
-        return ltrb_to_xyxy(torch.cat(self.points(classes)), flatten_levels(distances).float()), scores
+        return self.decode_boxes(outputs), scores
 
 # %% ../../nbs/20_tasks_detection.ipynb #b89e89ab
 class YOLOXPredictor(nn.Module):
@@ -220,9 +228,13 @@ class DetectionTask(DenseTask):
         "The maps that stand before the predictions."
         return self.neck(self.pyramid(self.backbone(images)))
 
+    def predictions(self, maps: list[Tensor]) -> Outputs:
+        "What each place of each level says."
+        return self.predictor(maps)
+
     def forward(self, images: Tensor) -> Outputs:
         "What each place of each level says of images (B, C, H, W)."
-        return self.predictor(self.maps(images))
+        return self.predictions(self.maps(images))
 
     def check(self, batch: Any) -> None:
         "Raise `ValueError` for a batch without images, boxes and labels."
@@ -242,20 +254,29 @@ class DetectionTask(DenseTask):
         "Detections in the pixels of the original images; `rows` (B, 6) says how those were resized, None that they were not."
         return found if rows is None else [{**o, "boxes": scale_boxes(o["boxes"], row)} for o, row in zip(found, rows)]
 
+    def objects(self, targets: list[dict[str, Tensor]], rows: Tensor | None) -> list[dict[str, Tensor]]:
+        "The objects in the pixels of the original images, as metrics take them."
+        true = [{k: v for k, v in o.items() if k in ("boxes", "labels", "iscrowd", "area")} for o in targets]
+        return true if rows is None else [{**o, "boxes": scale_boxes(o["boxes"], row)} for o, row in zip(true, rows)]
+
+    def rows(self, batch: Mapping[str, Any]) -> Tensor | None:
+        "(B, 6) how the images of a batch were resized; None where it does not say, or lacks the original masks."
+        known = "masks" not in self.needs or "orig_masks" in batch
+        return batch.get("letterbox") if known else None
+
     def compute(self, batch: Any, stage: str) -> Step:
         "Losses, and detections and objects in the pixels of the original images."
         self.check_once(batch, stage)
         x, targets = read_targets(batch)
         maps = self.maps(x)
-        outputs = self.predictor(maps)
+        outputs = self.predictions(maps)
         kept = [{k: v[~o["iscrowd"]] for k, v in o.items() if k in self.needs} for o in targets]
         losses = self.losses(maps, outputs, kept)
         if stage == "train" and not self.metrics.get_train_metrics(): return Step(losses, [], [], len(x))
-        size, rows = (int(x.shape[2]), int(x.shape[3])), batch.get("letterbox")
+        size, rows = (int(x.shape[2]), int(x.shape[3])), self.rows(batch)
         with torch.no_grad(): seen = self.detect(maps, outputs, size)
-        self.keep_for_figures(stage, x, seen)
-        true = [{k: v for k, v in o.items() if k not in ("masks", "orig_masks")} for o in targets]
-        return Step(losses, self.to_original(seen, rows, size), self.to_original(true, rows, size), len(x))
+        if self.logging_config.log_predictions: self.keep_for_figures(stage, x, self.to_original(seen, None, size))
+        return Step(losses, self.to_original(seen, rows, size), self.objects(targets, rows), len(x))
 
     def predict(
         self,
@@ -267,7 +288,7 @@ class DetectionTask(DenseTask):
 
     def _predict(self, x: Tensor, rows: Tensor | None) -> list[dict[str, Tensor]]:
         size, maps = (int(x.shape[2]), int(x.shape[3])), self.maps(x)
-        return self.to_original(self.detect(maps, self.predictor(maps), size), rows, size)
+        return self.to_original(self.detect(maps, self.predictions(maps), size), rows, size)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> list[dict[str, Tensor]]:
         "The detections of images, or of a batch; where it says how images were resized, in their original pixels."

@@ -296,9 +296,9 @@ class DetectionTask(DenseTask):
         return self._predict(batch["images"] if "images" in batch else batch["image"], batch.get("letterbox"))
 
     def draw_predictions(self, images: Sequence[Tensor], *found: Sequence[Any], **look: Any) -> Any:
-        "Images with the boxes that were found, those above a score of 0.3."
+        "Images with what was found, above a score of 0.3."
         sure = [{k: v[o["scores"] > 0.3] for k, v in o.items()} for o in found[0]]
-        parts = {k: [o[k] for o in sure] for k in ("boxes", "labels", "scores")}
+        parts: dict[str, Any] = {k: [o[k] for o in sure] for k in ("boxes", "labels", "scores", "masks") if k in sure[0]}
         return show_boxes(images, class_names=self.class_names, **parts, **look)
 
 # %% ../../nbs/20_tasks_detection.ipynb #c6c54cbc

@@ -19,8 +19,7 @@ from ..core import inherit_signature
 from ..heads import FPN, MaskHead
 from ..losses import FCOSLoss, MaskLoss
 from .base import refuse_note
-from .detection import FCOS, DetectionTask, Outputs, flatten_levels, pick_strides
-from ..viz import show_boxes
+from .detection import FCOS, DetectionTask, Outputs, pick_strides
 
 # %% ../../nbs/22_tasks_instance.ipynb #1b282136
 def pick_levels(
@@ -173,9 +172,3 @@ class InstanceSegmentor(DetectionTask):
         "The objects in the pixels of the original images."
         masks = [o["masks" if rows is None else "orig_masks"].bool() for o in targets]
         return [{**o, "masks": m} for o, m in zip(super().objects(targets, rows), masks)]
-
-    def draw_predictions(self, images: Sequence[Tensor], *found: Sequence[Any], **look: Any) -> Any:
-        "Images with the objects that were found, those above a score of 0.3."
-        sure = [{k: v[o["scores"] > 0.3] for k, v in o.items()} for o in found[0]]
-        parts = {k: [o[k] for o in sure] for k in ("boxes", "labels", "scores", "masks")}
-        return show_boxes(images, class_names=self.class_names, **parts, **look)

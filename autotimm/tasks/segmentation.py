@@ -70,7 +70,7 @@ def check_masks(batch: Any, num_classes: int, ignore_index: int, channels: int |
 def refuse_mask_metrics(metrics: MetricManager) -> None:
     "Raise `ValueError` for metrics that want whole masks: they are given the pixels that count, as one row of class ids."
     for stage in STAGES:
-        for name, metric in metrics._of(stage).items():
+        for name, metric in metrics.stage_metrics(stage).items():
             if type(metric).__module__.startswith("torchmetrics.segmentation"):
                 raise ValueError(f"Metric {name!r} ({type(metric).__name__}) wants whole masks, where no pixel is ignored. Use 'JaccardIndex' for "
                                  "mean IoU or 'F1Score' for Dice, with average='macro'.")
@@ -139,7 +139,7 @@ class SemanticSegmentor(DenseTask):
         ids, kept = logits.detach().argmax(1), mask != self.ignore_index
         if stage == "val" and self.confusion is not None and bool(kept.any()): self.confusion.update(ids[kept], mask[kept])
         self.keep_for_figures(stage, x, ids)
-        if not len(self.metrics._of(stage)): kept = torch.zeros_like(kept)
+        if not len(self.metrics.stage_metrics(stage)): kept = torch.zeros_like(kept)
         return Step({"loss": loss}, ids[kept], mask[kept], len(x))
 
     def predict(

@@ -6,7 +6,7 @@
 __all__ = ['ON_PROBLEM', 'BOX_COLUMNS', 'BOX_LAYOUTS', 'BOX_FORMATS', 'ALBUMENTATIONS_BOXES', 'Ragged', 'rle_decode',
            'rle_encode', 'polygon_mask', 'Problem', 'AnnotationError', 'describe_problems', 'image_size', 'Annotations',
            'read_coco', 'read_voc', 'read_yolo', 'read_csv_boxes', 'to_coco', 'coco_reader', 'find_boxes',
-           'read_box_splits', 'BoxDataset', 'CSVDetectionDataset', 'CSVInstanceDataset']
+           'read_box_splits', 'SampleMixing', 'BoxDataset', 'CSVDetectionDataset', 'CSVInstanceDataset']
 
 # %% ../../nbs/13_data_annotations.ipynb #2449fa97
 import contextlib
@@ -34,7 +34,7 @@ from torchvision.ops import box_convert
 from ..core import atomic_path, lookup, near_matches, require
 from .readers import (IMAGE_SUFFIXES, SPLIT_FOLDERS, BadImageError, DenseDataset, Sample, image_root, label_text, list_images,
                                    pick_column, read_table, sort_labels)
-from .transforms import OBJECT_PARTS, DensePipeline, as_dense_sample, is_albumentations, take_objects, to_model_input
+from .transforms import OBJECT_PARTS, DensePipeline, as_dense_sample, is_albumentations, mixup_samples, mosaic, take_objects, to_model_input
 
 # %% ../../nbs/13_data_annotations.ipynb #f7b7bd18
 def _ranges(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1292,6 +1292,19 @@ def read_box_splits(
     return found
 
 # %% ../../nbs/13_data_annotations.ipynb #791a6a7e
+@dataclass(frozen=True)
+class SampleMixing:
+    "How often, and how, training images are made of several."
+    mosaic: float = 0.0                     # share of the images that are mosaics of four, 0 to 1
+    mixup: float = 0.0                      # share of the images that are mixed with another, 0 to 1
+    size: tuple[int, int] = (640, 640)      # height and width that each image of a mosaic is fitted to
+    fill: tuple[int, ...] = (114,)          # colour around them, 0 to 255
+    min_visibility: float = 0.0             # share of a box that must be left in a mosaic
+
+    def __post_init__(self) -> None:
+        for name in ("mosaic", "mixup"):
+            if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} is a share of the images from 0 to 1, got {getattr(self, name)!r}.")
+
 ALBUMENTATIONS_BOXES = {"pascal_voc": "xyxy", "coco": "xywh"}
 
 class BoxDataset(DenseDataset):
@@ -1304,11 +1317,24 @@ class BoxDataset(DenseDataset):
         channels: int = 3,                                # 1: grey, 3: RGB, 4: RGB and alpha
         on_bad_image: str = "raise",                      # 'raise', 'skip' or 'report'
         split: str = "train",                             # 'train' leaves crowds out; named in messages
+        mixing: SampleMixing = SampleMixing(),            # in training
+        mixes: Callable[[], bool] | None = None,          # whether it does so in the epoch to come; asked in the main process
     ) -> None:
         keep: Any = dict if transform is None else transform
         super().__init__(annotations, keep, channels, on_bad_image, split, annotations.class_names)  # type: ignore[arg-type]
         self.annotations, self.masks = annotations, masks
         if is_albumentations(transform): self.box_format = _augmented_format(transform)
+        self.mixing, self.mixes = mixing, mixes
+        # In shared memory, so that workers that live on see it change.
+        self._mixes_now = torch.ones(1, dtype=torch.bool).share_memory_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned workers need no way to the trainer.
+        return {**self.__dict__, "mixes": None}
+
+    def before_epoch(self) -> None:
+        "Ask whether images are mixed in the epoch to come."
+        if self.mixes is not None: self._mixes_now.fill_(self.mixes())
 
     @property
     def targets(self) -> list[Any]:
@@ -1333,14 +1359,32 @@ class BoxDataset(DenseDataset):
     def read(self, index: int) -> dict[str, Any]:
         "The item as the model takes it. Raises `BadImageError`."
         sample = self.decoded(index)
-        size = torch.tensor(sample["image"].shape[-2:])
-        item = {**self._moved(sample, index), "image_id": self.annotations.image_id(index), "orig_size": size}
-        if self.split == "train": return item
+        origin = {"image_id": self.annotations.image_id(index), "orig_size": torch.tensor(sample["image"].shape[-2:])}
+        if self.split == "train": return {**self._mixed(sample, index), **origin}
+        item = {**self._moved(sample, index), **origin}
         if "letterbox" not in item:
             height, width = item["image"].shape[-2:]
             item |= {"letterbox": torch.tensor([1.0, 1.0, 0.0, 0.0, height, width]), "orig_size": torch.tensor([height, width])}
             sample = item
         return {**item, "orig_masks": sample["masks"]} if self.masks else item
+
+    def _mixed(self, sample: dict[str, Any], index: int) -> dict[str, Any]:
+        "A sample after mosaic, transform and mixup, as chance has it."
+        mixing, now = self.mixing, bool(self._mixes_now)
+        if now and torch.rand(()) < mixing.mosaic:
+            sample = mosaic([sample, *(self._another() for _ in range(3))], mixing.size, fill=mixing.fill, min_visibility=mixing.min_visibility)
+        item = self._moved(sample, index)
+        return mixup_samples(item, self._moved(self._another(), index)) if now and torch.rand(()) < mixing.mixup else item
+
+    def _another(self) -> dict[str, Any]:
+        "Any image with its objects. Raises `BadImageError` where a hundred in turn cannot be read."
+        for _ in range(100):
+            try: return self.decoded(int(torch.randint(len(self), ())))
+            except BadImageError as e:
+                # It is told of when its own turn comes.
+                if self.bad_images.on_bad_image == "raise": raise
+                last = e
+        raise last
 
     def _moved(self, sample: dict[str, Any], index: int) -> dict[str, Any]:
         "A sample after the transform. Raises `ValueError` that names the image."

@@ -7,6 +7,7 @@ __all__ = ['default_workers', 'VisionDataModule', 'ImageDataModule', 'MultiLabel
            'DetectionDataModule', 'InstanceSegmentationDataModule']
 
 # %% ../../nbs/14_data_datamodule.ipynb #61d74a32
+import math
 import os
 import random
 import warnings
@@ -20,13 +21,14 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, WeightedRandomSampler, default_collate, get_worker_info
 
 from ..core import inherit_signature, lookup
-from .annotations import BOX_FORMATS, Annotations, BoxDataset, coco_reader, find_boxes, read_box_splits, read_csv_boxes
+from .annotations import BOX_FORMATS, Annotations, BoxDataset, SampleMixing, coco_reader, find_boxes, read_box_splits, read_csv_boxes
 from .readers import (BUILTIN_DATASETS, BUILTIN_FOLDERS, ON_BAD_IMAGE, BadImage, BadImageError, BadImageLog,
                                    CITYSCAPES_IDS, MASK_FORMATS, MaskCodes, MaskDataset, SampleDataset, Sample, Splits, builtin_dataset, encode_labels, find_builtin,
                                    find_split_folders, load_hf_dataset, load_mask, read_builtin, read_csv_split, read_folders,
@@ -85,7 +87,10 @@ def collate_samples(
 class ImageLoader(DataLoader):
     "A `DataLoader` that names and counts images that could not be read."
 
-    def __iter__(self) -> Any: return self._good(super().__iter__())
+    def __iter__(self) -> Any:
+        dataset: Any = self.dataset
+        dataset.before_epoch()
+        return self._good(super().__iter__())
 
     def _good(self, batches: Iterator[Any]) -> Iterator[Any]:
         "Batches without the records."
@@ -631,6 +636,29 @@ def collate_objects(
     return batch
 
 # %% ../../nbs/14_data_datamodule.ipynb #6fc008e1
+def _count_epochs(trainer: Any) -> float:
+    "How many epochs a run has, infinity where no end is stated."
+    ends = [float(trainer.max_epochs)] if (trainer.max_epochs or -1) > 0 else []
+    steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+    if trainer.max_steps > 0 and 0 < steps < float("inf"): ends.append(-(-trainer.max_steps // steps))
+    return min(ends, default=float("inf"))
+
+def resize_objects(
+    batch: Mapping[str, Any],       # of `collate_objects`
+    size: tuple[int, int],          # height and width
+) -> dict[str, Any]:                # the same, images, boxes and masks at that size
+    "A batch at another size."
+    key = "images" if "images" in batch else "image"
+    height, width = batch[key].shape[-2:]
+    if (height, width) == size: return dict(batch)
+    scale = torch.tensor([size[1] / width, size[0] / height], device=batch[key].device).repeat(2)
+    out = {**batch, key: F.interpolate(batch[key], size, mode="bilinear", antialias=True), "boxes": [o * scale for o in batch["boxes"]]}
+    if "masks" in batch:
+        fit = lambda o: F.interpolate(o[None].byte(), size, mode="nearest-exact")[0].bool() if len(o) else o.new_zeros(0, *size)
+        out["masks"] = [fit(o) for o in batch["masks"]]
+    return out
+
+@inherit_signature
 class BoxDataModule(VisionDataModule):
     "What the data modules of boxes and of instance masks share."
     counted = "objects"
@@ -660,6 +688,10 @@ class BoxDataModule(VisionDataModule):
         class_ids: Sequence[int] | None = None,                 # category ids of the classes to keep; None: all
         on_problem: str = "raise",                              # bad annotations: 'raise', 'skip' or 'report'
         stretch: bool = False,                                  # in evaluation change the aspect ratio, add nothing
+        mosaic: float | None = None,                            # share of training images made of four; None: as the model asks, else 0
+        mixup: float | None = None,                             # share of training images mixed with another; None: as the model asks, else 0
+        no_aug_epochs: int | None = None,                       # last epochs without either; None: as the model asks, else 0
+        multi_scale: tuple[float, float] | None = None,         # training size between these shares of it, in steps of 32 pixels
         custom_train_transforms: Any = None,                    # as `train_transforms`, on dicts with image, boxes and labels
         custom_val_transforms: Any = None,                      # as `eval_transforms`
         **kwargs: Any,                                          # those of `VisionDataModule`
@@ -681,6 +713,11 @@ class BoxDataModule(VisionDataModule):
         self.csv_options: dict[str, Any] = dict(image_column=image_column, box_columns=bbox_columns, box_format=box_format, label_column=label_column)
         if image_dir is not None: self.csv_options["image_dir"] = image_dir
         self.given_names, self.class_ids, self.on_problem, self.stretch = class_names, class_ids, on_problem, stretch
+        SampleMixing(mosaic or 0.0, mixup or 0.0)
+        if (no_aug_epochs or 0) < 0: raise ValueError(f"no_aug_epochs must be 0 or more, got {no_aug_epochs!r}.")
+        if multi_scale is not None and not (len(multi_scale) == 2 and 0 < multi_scale[0] <= multi_scale[1]):
+            raise ValueError(f"multi_scale must be two shares of the size, the smaller first, such as (0.75, 1.25), got {multi_scale!r}.")
+        self.mosaic, self.mixup, self.no_aug_epochs, self.multi_scale = mosaic, mixup, no_aug_epochs, multi_scale
 
     def _readers(self) -> dict[str, Callable[..., Annotations]]:
         "How to read each split."
@@ -716,7 +753,38 @@ class BoxDataModule(VisionDataModule):
     def make_dataset(self, samples: Any, split: str, transform: Callable[..., Any]) -> SampleDataset:
         "The images of a split."
         assert self.data_config is not None
-        return BoxDataset(samples, transform, self.with_masks, self.data_config["input_size"][0], self.on_bad_image, split)
+        channels, height, width = self.data_config["input_size"]
+        fill = tuple(round(255 * o) for o in self.data_config["mean"])
+        mixing = SampleMixing(self._asked("mosaic"), self._asked("mixup"), (height, width), fill, self.transform_config.min_visibility)
+        return BoxDataset(samples, transform, self.with_masks, channels, self.on_bad_image, split, mixing, self._mixes)
+
+    def _asked(self, name: str) -> Any:
+        "What is stated of mosaic, mixup and no_aug_epochs, else what the model at hand asks for by its `sample_mixing`, else 0."
+        model = getattr(self.trainer, "lightning_module", None)
+        stated = getattr(self, name)
+        return stated if stated is not None else (getattr(model, "sample_mixing", None) or {}).get(name, 0)
+
+    def _mixes(self) -> bool:
+        "Whether training images are made of several in the epoch to come."
+        return self.trainer is None or self.trainer.current_epoch < _count_epochs(self.trainer) - self._asked("no_aug_epochs")
+
+    def training_size(
+        self,
+        step: int,                  # the trainer's global step
+    ) -> tuple[int, int]:           # height and width; the same for ten steps
+        "The size of training batches with `multi_scale`. Raises `ValueError` where no multiple of 32 lies between its shares."
+        assert self.data_config is not None and self.multi_scale is not None
+        height, width = self.data_config["input_size"][1:]
+        low, high = math.ceil(self.multi_scale[0] * height / 32), math.floor(self.multi_scale[1] * height / 32)
+        if low > high or low < 1: raise ValueError(f"No multiple of 32 lies between {self.multi_scale[0]} and {self.multi_scale[1]} times {height} pixels. Widen multi_scale.")
+        # Seeded by the step, so that all processes draw the same.
+        cells = random.Random(f"{self.seed} {step // 10}").randint(low, high)
+        return 32 * cells, 32 * max(1, round(cells * width / height))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        "In training, with `multi_scale`, the batch at another size."
+        if self.multi_scale is None or not self.trainer.training: return batch  # type: ignore[union-attr]
+        return resize_objects(batch, self.training_size(self.trainer.global_step))  # type: ignore[union-attr]
 
     def _own_transform(self, split: str, config: TransformConfig) -> Callable[..., Any]:
         assert self.data_config is not None

@@ -567,6 +567,9 @@ class SampleDataset(Dataset):
 
     def __len__(self) -> int: return len(self.samples)
 
+    def before_epoch(self) -> None:
+        "Called in the main process before the loader's workers start on an epoch."
+
     @property
     def transform(self) -> Callable[..., Any] | None:
         "The transform as it was given."

@@ -8,14 +8,15 @@ __all__ = ['PIL_MODES', 'PRESETS', 'IMAGENET_DATA_CONFIG', 'INTERPOLATIONS', 'SC
            'resolve_backbone_data_config', 'fit_channels', 'apply_transform_config', 'ImagePipeline', 'ToUint8',
            'resize_image', 'ResizeAndCrop', 'eval_pipeline', 'RandomCrop', 'train_pipeline', 'as_dense_sample',
            'Letterbox', 'NoteAreas', 'DropTinyBoxes', 'take_objects', 'ScaleAtLeastOne', 'DensePipeline', 'ImageOnly',
-           'dense_pipeline', 'albumentations_pipeline', 'is_albumentations', 'to_model_input', 'needs_seed', 'reseed',
-           'TransformAdapter', 'get_transforms_from_backbone', 'create_inference_transform']
+           'dense_pipeline', 'mosaic', 'mixup_samples', 'albumentations_pipeline', 'is_albumentations',
+           'to_model_input', 'needs_seed', 'reseed', 'TransformAdapter', 'get_transforms_from_backbone',
+           'create_inference_transform']
 
 # %% ../../nbs/11_data_transforms.ipynb #2fb410f0
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -512,6 +513,65 @@ def dense_pipeline(
     if config.preset == "strong": steps.append(v2.RandomPhotometricDistort())
     if task != "segmentation": steps.append(DropTinyBoxes(config.min_bbox_area, min_visibility=config.min_visibility))
     return DensePipeline(steps, data_config)
+
+# %% ../../nbs/11_data_transforms.ipynb #3f93b1b5
+def _place(sample: Mapping[str, Any], size: tuple[int, int], left: bool, top: bool, centre: tuple[int, int]) -> tuple[dict[str, Any], tuple[int, int]]:
+    "A sample fitted to a size, and where on the canvas its first pixel lies."
+    dense = as_dense_sample(sample)
+    h, w = dense["image"].shape[-2:]
+    ratio = min(size[0] / h, size[1] / w)
+    height, width = max(1, round(h * ratio)), max(1, round(w * ratio))
+    for name, value in dense.items():
+        if isinstance(value, tv_tensors.TVTensor): dense[name] = tvf.resize(value, [height, width], antialias=True).as_subclass(Tensor)
+    return dense, (centre[0] - width * left, centre[1] - height * top)
+
+def _paste(canvas: Tensor, part: Tensor, x: int, y: int) -> None:
+    "Put (..., h, w) on (..., H, W), of which it may reach over the edges."
+    height, width = canvas.shape[-2:]
+    h, w = part.shape[-2:]
+    target = canvas[..., max(y, 0):y + h, max(x, 0):x + w]
+    target.copy_(part[..., max(-y, 0):height - y, max(-x, 0):width - x])
+
+def mosaic(
+    samples: Sequence[Mapping[str, Any]],       # four, as `as_dense_sample` takes them: the upper left, upper right, lower left, lower right
+    size: tuple[int, int],                      # height and width that each is fitted to; the result is twice as large
+    centre: tuple[int, int] | None = None,      # x and y at which they meet; None: anywhere from half a size to one and a half
+    fill: Sequence[int] = (0,),                 # colour between and around them, 0 to 255
+    min_size: float = 2.0,                      # objects of which less is left are dropped, pixels of each side
+    min_visibility: float = 0.0,                # and those of which a smaller share of the box is left
+) -> dict[str, Any]:                            # a sample; what is no part of image or objects is the first's
+    "Four samples joined in one. Raises `ValueError` for another number."
+    if len(samples) != 4: raise ValueError(f"A mosaic is made of four samples, got {len(samples)}.")
+    height, width = size
+    if centre is None: centre = (int(torch.randint(width // 2, 3 * width // 2 + 1, ())), int(torch.randint(height // 2, 3 * height // 2 + 1, ())))
+    placed = [_place(o, size, k % 2 == 0, k < 2, centre) for k, o in enumerate(samples)]
+    image = placed[0][0]["image"]
+    canvas = torch.tensor(list(fill), dtype=image.dtype).view(-1, 1, 1).expand(len(image), 2 * height, 2 * width).contiguous()
+    masks = []
+    for part, (x, y) in placed:
+        _paste(canvas, part["image"], x, y)
+        part["boxes"] = part["boxes"] + torch.tensor([x, y, x, y])
+        if "masks" in part:
+            masks.append(part["masks"].new_zeros(len(part["masks"]), 2 * height, 2 * width))
+            _paste(masks[-1], part["masks"], x, y)
+    joined = {**samples[0], **_join_objects([o for o, _ in placed]), "image": canvas, **({"masks": torch.cat(masks)} if masks else {})}
+    joined = DropTinyBoxes(min_size=min_size, min_visibility=min_visibility)(NoteAreas()(as_dense_sample(joined)))
+    return {k: v.as_subclass(Tensor) if isinstance(v, Tensor) else v for k, v in joined.items()}
+
+def _join_objects(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    "The objects of all samples."
+    return {k: torch.cat([o[k] for o in samples]) for k in OBJECT_PARTS if k in samples[0] and k != "masks"}
+
+def mixup_samples(
+    first: Mapping[str, Any],       # a sample
+    second: Mapping[str, Any],      # another, whose image has the same shape
+) -> dict[str, Any]:                # what is no part of image or objects is the first's
+    "Two samples half and half, with the objects of both. Raises `ValueError` for images of different shapes."
+    a, b = first["image"], second["image"]
+    if a.shape != b.shape: raise ValueError(f"Images of different shapes cannot be mixed: {tuple(a.shape)}, {tuple(b.shape)}.")
+    image = (a + b) / 2 if a.is_floating_point() else ((a.float() + b.float()) / 2).round().to(a.dtype)
+    masks = {"masks": torch.cat([first["masks"], second["masks"]])} if "masks" in first else {}
+    return {**first, **_join_objects([first, second]), **masks, "image": image}
 
 # %% ../../nbs/11_data_transforms.ipynb #f3042c1b
 def _albumentations() -> Any:

@@ -174,7 +174,9 @@ def _draw_box(axes: Any, box: np.ndarray, color: Any, text: str) -> None:
     # Pixel i reaches from i - 0.5 to i + 0.5 in matplotlib, and from i to i + 1 in our boxes.
     x0, y0, x1, y1 = (box - 0.5).tolist()
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.2))
-    axes.text(x0, y0, plain_text(text), fontsize=6, color="white", va="bottom", clip_on=True,
+    # Below the edge where there is no room above it.
+    above = y0 > 0.1 * abs(axes.get_ylim()[1] - axes.get_ylim()[0])
+    axes.text(x0, y0, plain_text(text), fontsize=6, color="white", va="bottom" if above else "top", clip_on=True,
               bbox=dict(facecolor=color, edgecolor="none", pad=0.6, alpha=0.8))
 
 def _per_image(values: Any, count: int, what: str) -> list[np.ndarray]:

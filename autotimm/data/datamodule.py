@@ -814,7 +814,7 @@ class DetectionDataModule(BoxDataModule):
         self,
         data_dir: str | Path = "./coco",                        # the data set, in a usual layout of its format
         *,
-        min_bbox_area: float = 0.0,                             # in training, boxes smaller than this are dropped, square pixels
+        min_bbox_area: float = 0.0,                             # our training pipeline drops boxes smaller than this, square pixels
         **kwargs: Any,                                          # those of `BoxDataModule`
     ) -> None:
         super().__init__(data_dir, **{"batch_size": 16, **kwargs})
@@ -829,7 +829,7 @@ class InstanceSegmentationDataModule(BoxDataModule):
         self,
         data_dir: str | Path = ".",                             # the data set, in a usual layout of its format
         *,
-        min_area: float = 0.0,                                  # in training, boxes smaller than this are dropped, square pixels
+        min_area: float = 0.0,                                  # our training pipeline drops boxes smaller than this, square pixels
         min_keypoints: int = 0,                                 # 0: keypoints are not read
         mask_column: str = "mask_path",                         # file of the object's mask, not 0 where it is
         **kwargs: Any,                                          # those of `BoxDataModule`

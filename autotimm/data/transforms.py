@@ -6,11 +6,11 @@
 __all__ = ['PIL_MODES', 'PRESETS', 'IMAGENET_DATA_CONFIG', 'INTERPOLATIONS', 'SCALES', 'RATIOS', 'WIDE_RATIO', 'OBJECT_PARTS',
            'TASKS', 'JITTER', 'to_uint8_image', 'list_transform_presets', 'TransformConfig', 'find_data_config',
            'resolve_backbone_data_config', 'fit_channels', 'apply_transform_config', 'ImagePipeline', 'ToUint8',
-           'resize_image', 'ResizeAndCrop', 'eval_pipeline', 'RandomCrop', 'train_pipeline', 'as_dense_sample',
-           'Letterbox', 'NoteAreas', 'DropTinyBoxes', 'take_objects', 'ScaleAtLeastOne', 'DensePipeline', 'ImageOnly',
-           'dense_pipeline', 'mosaic', 'mixup_samples', 'albumentations_pipeline', 'is_albumentations',
-           'to_model_input', 'needs_seed', 'reseed', 'TransformAdapter', 'get_transforms_from_backbone',
-           'create_inference_transform']
+           'resize_image', 'ResizeAndCrop', 'fill_colour', 'eval_pipeline', 'RandomCrop', 'train_pipeline',
+           'as_dense_sample', 'Letterbox', 'NoteAreas', 'DropTinyBoxes', 'take_objects', 'ScaleAtLeastOne',
+           'DensePipeline', 'ImageOnly', 'dense_pipeline', 'mosaic', 'mixup_samples', 'albumentations_pipeline',
+           'is_albumentations', 'to_model_input', 'needs_seed', 'reseed', 'TransformAdapter',
+           'get_transforms_from_backbone', 'create_inference_transform']
 
 # %% ../../nbs/11_data_transforms.ipynb #2fb410f0
 import dataclasses
@@ -301,9 +301,11 @@ def _normalise(data_config: Mapping[str, Any]) -> list[nn.Module]:
     "The last steps of every pipeline."
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(data_config["mean"]), list(data_config["std"]))]
 
-def _fill(data_config: Mapping[str, Any]) -> tuple[int, ...]:
-    "The mean colour, 0 to 255."
-    return tuple(round(255 * o) for o in data_config["mean"])
+def fill_colour(
+    data_config: Mapping[str, Any],     # mean, and fill where it is another colour; from 0 to 1
+) -> tuple[int, ...]:                   # 0 to 255, a channel
+    "The colour of what is added to images."
+    return tuple(round(255 * o) for o in data_config.get("fill") or data_config["mean"])
 
 def eval_pipeline(
     data_config: Mapping[str, Any],     # input_size, mean, std, interpolation, crop_pct[, crop_mode]
@@ -311,7 +313,7 @@ def eval_pipeline(
     "The pipeline that evaluation and prediction use."
     channels, height, width = data_config["input_size"]
     resize = ResizeAndCrop((height, width), data_config["crop_pct"], data_config.get("crop_mode") or "center",
-                           data_config["interpolation"], _fill(data_config))
+                           data_config["interpolation"], fill_colour(data_config))
     return ImagePipeline([ToUint8(channels), resize, *_normalise(data_config)])
 
 # %% ../../nbs/11_data_transforms.ipynb #e528dd31
@@ -345,7 +347,7 @@ def train_pipeline(
 ) -> ImagePipeline:                                # any image -> (C, H, W) float32, normalised
     "A preset's pipeline with torchvision."
     channels, height, width = data_config["input_size"]
-    policy = _policy(config, _fill(data_config))
+    policy = _policy(config, fill_colour(data_config))
     if policy and channels == 4:
         raise ValueError(f"Preset {config.preset!r} works on 1 or 3 channels, but the model takes 4. Use 'default' or "
                          "'light', or your own train_transforms.")
@@ -495,7 +497,7 @@ def dense_pipeline(
     "The pipeline of a dense task: scaled, cropped and mirrored in training; resized to fit in evaluation."
     lookup({o: o for o in TASKS[1:]}, task, "Dense task")
     height, width = data_config["input_size"][1:]
-    fill, mask_fill = _fill(data_config), config.ignore_index if task == "segmentation" else 0
+    fill, mask_fill = fill_colour(data_config), config.ignore_index if task == "segmentation" else 0
     if not is_train:
         return DensePipeline([Letterbox((height, width), data_config["interpolation"], fill, mask_fill, stretch)], data_config)
     if config.backend != "torchvision": raise ValueError(f"The dense tasks augment with torchvision, not with {config.backend!r}. "
@@ -596,7 +598,7 @@ def albumentations_pipeline(
         steps = [A.RandomResizedCrop(size=(height, width), scale=scale, ratio=ratio, **mode)]
         if config.preset != "light": steps.append(A.HorizontalFlip(p=0.5))
         if config.preset == "strong":
-            fill = _fill(data_config)
+            fill = fill_colour(data_config)
             steps += [A.Affine(rotate=(-20, 20), shear=(-10, 10), fill=fill, p=0.5), A.ColorJitter(0.3, 0.3, 0.3, 0.05, p=0.8),
                       A.CoarseDropout(fill=fill, p=0.25)]
     else:

@@ -220,6 +220,10 @@ class TrainableModule(StoredModule):
             self.unfreeze_backbone()
             rank_zero_info(f"Epoch {self.current_epoch}: the backbone is trained from here on.")
 
+    def schedule(self) -> dict[str, Any]:
+        "Length of the training, and what else the scheduler is told."
+        return {**training_length(self.trainer), **(self.hparams["scheduler_kwargs"] or {})}
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         "The optimiser, and the scheduler if there is one, as Lightning wants them."
         hp = self.hparams
@@ -232,8 +236,7 @@ class TrainableModule(StoredModule):
         optimizer = create_optimizer(hp["optimizer"], groups, lr=self.lr, weight_decay=hp["weight_decay"],
                                      allow=self._allow, **(hp["optimizer_kwargs"] or {}))
         if hp["scheduler"] is None: return {"optimizer": optimizer}
-        scheduler: Any = create_scheduler(hp["scheduler"], optimizer, **training_length(self.trainer), allow=self._allow,
-                                     **(hp["scheduler_kwargs"] or {}))
+        scheduler: Any = create_scheduler(hp["scheduler"], optimizer, allow=self._allow, **self.schedule())
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

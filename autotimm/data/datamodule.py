@@ -631,7 +631,7 @@ def collate_objects(
     in_worker = get_worker_info() is not None
     for key in items[0]:
         values = [o[key] for o in items]
-        if key in STACKED: batch[names.get(key, key)] = torch.stack(values)
+        if key in STACKED: batch[names.get(key, key)] = default_collate(values)
         else: batch[names.get(key, key)] = _Rows(values) if in_worker and isinstance(values[0], Tensor) else values
     return batch
 

@@ -34,7 +34,7 @@ from .readers import (BUILTIN_DATASETS, BUILTIN_FOLDERS, ON_BAD_IMAGE, BadImage,
                                    find_split_folders, load_hf_dataset, load_mask, read_builtin, read_csv_split, read_folders,
                                    read_hf_dataset, read_mask_csv, read_masks, read_multilabel_split, split_indices)
 from .transforms import (IMAGENET_DATA_CONFIG, TransformConfig, albumentations_pipeline,
-                                      apply_transform_config, dense_pipeline, eval_pipeline, find_data_config,
+                                      apply_transform_config, dense_pipeline, eval_pipeline, fill_colour, find_data_config,
                                       resolve_backbone_data_config, train_pipeline)
 from ..viz import Table, show_boxes, show_images, show_masks
 
@@ -754,8 +754,7 @@ class BoxDataModule(VisionDataModule):
         "The images of a split."
         assert self.data_config is not None
         channels, height, width = self.data_config["input_size"]
-        fill = tuple(round(255 * o) for o in self.data_config["mean"])
-        mixing = SampleMixing(self._asked("mosaic"), self._asked("mixup"), (height, width), fill, self.transform_config.min_visibility)
+        mixing = SampleMixing(self._asked("mosaic"), self._asked("mixup"), (height, width), fill_colour(self.data_config), self.transform_config.min_visibility)
         return BoxDataset(samples, transform, self.with_masks, channels, self.on_bad_image, split, mixing, self._mixes)
 
     def _asked(self, name: str) -> Any:

@@ -8,7 +8,6 @@ __all__ = ['DarknetBackbone', 'ramped_average', 'YOLOXDetector']
 # %% ../../nbs/21_tasks_yolox.ipynb #c081c750
 import math
 import os
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -143,7 +142,8 @@ class YOLOXDetector(DetectionTask):
     def epochs(self) -> dict[str, Any]:
         "The lengths of warm-up, of the end without augmentation, and of it all, in epochs; as published, to scale."
         hp, trainer = self.hparams, self._trainer
-        total = hp["total_epochs"] or (trainer.max_epochs if trainer is not None and (trainer.max_epochs or 0) > 0 else 300)
+        planned = (trainer.max_epochs or 0) if trainer is not None else 0
+        total: int = hp["total_epochs"] or (planned if planned > 0 else 300)
         rest = round(total / 20) if hp["no_aug_epochs"] is None else hp["no_aug_epochs"]
         return {"total_epochs": total, "no_aug_epochs": min(rest, total),
                 "warmup_epochs": total / 60 if hp["warmup_epochs"] is None else hp["warmup_epochs"]}

@@ -76,7 +76,8 @@ def ramped_average(
     decay: float = 0.9998,      # that it grows to
     ramp: float = 2000.0,       # steps after which it has grown to 63%
 ) -> Tensor:                    # the new average
-    "One step of an exponential moving average whose decay grows."
+    "One step of an exponential moving average whose decay grows; a count is taken over as it is."
+    if not average.is_floating_point(): return current
     return torch.lerp(current.to(average.dtype), average, decay * (1 - math.exp(-(int(count) + 1) / ramp)))
 
 # %% ../../nbs/21_tasks_yolox.ipynb #027ebb12

@@ -11,16 +11,18 @@ _WHERE = {  # module -> its public names; tests/test_package.py holds it equal t
     "backbones": "Backbone BackboneConfig FeatureBackboneConfig HubError ModelSource create_backbone "
                  "create_feature_backbone get_feature_channels get_feature_info get_feature_strides get_model_source "
                  "list_backbones list_hf_hub_backbones",
-    "losses": "CombinedSegmentationLoss DiceLoss FocalLoss TverskyLoss list_losses",
-    "heads": "ASPP ClassificationHead DeepLabV3PlusHead FCNHead FPN FPNHead UPerNetHead",
-    "yolox": "CSPDarknet PAFPN YOLOX YOLOXHead build_yolox load_official_yolox",
+    "losses": "CenternessLoss CombinedSegmentationLoss DiceLoss FCOSLoss FocalLoss GIoULoss MaskLoss TverskyLoss YOLOXLoss list_losses",
+    "heads": "ASPP ClassificationHead DeepLabV3PlusHead DetectionHead FCNHead FPN FPNHead MaskHead UPerNetHead",
+    "yolox": "CSPDarknet PAFPN YOLOX YOLOXHead build_yolox get_yolox_model_info list_yolox_backbones list_yolox_heads "
+             "list_yolox_models list_yolox_necks load_official_yolox",
     "optim": "list_optimizers list_schedulers",
     "metrics": "LoggingConfig MetricConfig MetricManager",
     "loggers": "LoggerConfig LoggerManager",
-    "data": "BadImageError CSVImageDataset ImageDataModule MultiLabelImageDataModule MultiLabelImageDataset "
+    "data": "AnnotationError BadImageError CSVDetectionDataset CSVImageDataset CSVInstanceDataset DetectionDataModule "
+            "ImageDataModule InstanceSegmentationDataModule MultiLabelImageDataModule MultiLabelImageDataset "
             "SegmentationDataModule TransformConfig create_inference_transform get_transforms_from_backbone list_transform_presets "
             "resolve_backbone_data_config",
-    "tasks": "ImageClassifier SemanticSegmentor VisionTask",
+    "tasks": "ImageClassifier InstanceSegmentor ObjectDetector SemanticSegmentor VisionTask YOLOXDetector",
     "trainer": "AutoTrainer TunerConfig",
 }
 _MODULES = {  # public submodules and their other names
@@ -35,30 +37,40 @@ if TYPE_CHECKING:
                                     create_backbone, create_feature_backbone, get_feature_channels, get_feature_info,
                                     get_feature_strides, get_model_source, list_backbones, list_hf_hub_backbones)
     from autotimm.core import MissingExtraError, count_parameters, seed_everything
-    from autotimm.data import (BadImageError, CSVImageDataset, ImageDataModule, MultiLabelImageDataModule,
-                               MultiLabelImageDataset, SegmentationDataModule, TransformConfig, create_inference_transform,
-                               get_transforms_from_backbone, list_transform_presets, resolve_backbone_data_config)
-    from autotimm.heads import ASPP, FPN, ClassificationHead, DeepLabV3PlusHead, FCNHead, FPNHead, UPerNetHead
+    from autotimm.data import (AnnotationError, BadImageError, CSVDetectionDataset, CSVImageDataset, CSVInstanceDataset,
+                               DetectionDataModule, ImageDataModule, InstanceSegmentationDataModule,
+                               MultiLabelImageDataModule, MultiLabelImageDataset, SegmentationDataModule,
+                               TransformConfig, create_inference_transform, get_transforms_from_backbone,
+                               list_transform_presets, resolve_backbone_data_config)
+    from autotimm.heads import (ASPP, FPN, ClassificationHead, DeepLabV3PlusHead, DetectionHead, FCNHead, FPNHead,
+                                MaskHead, UPerNetHead)
     from autotimm.loggers import LoggerConfig, LoggerManager
-    from autotimm.losses import CombinedSegmentationLoss, DiceLoss, FocalLoss, TverskyLoss, list_losses
+    from autotimm.losses import (CenternessLoss, CombinedSegmentationLoss, DiceLoss, FCOSLoss, FocalLoss, GIoULoss,
+                                 MaskLoss, TverskyLoss, YOLOXLoss, list_losses)
     from autotimm.metrics import LoggingConfig, MetricConfig, MetricManager
     from autotimm.optim import list_optimizers, list_schedulers
-    from autotimm.tasks import ImageClassifier, SemanticSegmentor, VisionTask
+    from autotimm.tasks import (ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, VisionTask,
+                                YOLOXDetector)
     from autotimm.trainer import AutoTrainer, TunerConfig
-    from autotimm.yolox import PAFPN, YOLOX, CSPDarknet, YOLOXHead, build_yolox, load_official_yolox
+    from autotimm.yolox import (PAFPN, YOLOX, CSPDarknet, YOLOXHead, build_yolox, get_yolox_model_info,
+                                list_yolox_backbones, list_yolox_heads, list_yolox_models, list_yolox_necks,
+                                load_official_yolox)
 
 __all__ = [
-    "ASPP", "AutoTrainer", "Backbone", "BackboneConfig", "BadImageError", "CSPDarknet", "CSVImageDataset",
-    "ClassificationHead", "CombinedSegmentationLoss", "DeepLabV3PlusHead", "DiceLoss", "FCNHead", "FPN", "FPNHead",
-    "FeatureBackboneConfig", "FocalLoss", "HubError", "ImageClassifier", "ImageDataModule", "LoggerConfig",
-    "LoggerManager", "LoggingConfig", "MetricConfig", "MetricManager", "MissingExtraError", "ModelSource",
-    "MultiLabelImageDataModule", "MultiLabelImageDataset", "PAFPN", "SegmentationDataModule", "SemanticSegmentor",
-    "TransformConfig", "TunerConfig", "TverskyLoss", "UPerNetHead", "VisionTask", "YOLOX", "YOLOXHead", "build_yolox",
-    "count_parameters", "create_backbone", "create_feature_backbone", "create_inference_transform",
-    "get_feature_channels", "get_feature_info", "get_feature_strides", "get_model_source",
-    "get_transforms_from_backbone", "list_backbones", "list_hf_hub_backbones", "list_losses", "list_optimizers",
-    "list_schedulers", "list_transform_presets", "load_official_yolox", "resolve_backbone_data_config",
-    "seed_everything",
+    "ASPP", "AnnotationError", "AutoTrainer", "Backbone", "BackboneConfig", "BadImageError", "CSPDarknet",
+    "CSVDetectionDataset", "CSVImageDataset", "CSVInstanceDataset", "CenternessLoss", "ClassificationHead",
+    "CombinedSegmentationLoss", "DeepLabV3PlusHead", "DetectionDataModule", "DetectionHead", "DiceLoss", "FCNHead",
+    "FCOSLoss", "FPN", "FPNHead", "FeatureBackboneConfig", "FocalLoss", "GIoULoss", "HubError", "ImageClassifier",
+    "ImageDataModule", "InstanceSegmentationDataModule", "InstanceSegmentor", "LoggerConfig", "LoggerManager",
+    "LoggingConfig", "MaskHead", "MaskLoss", "MetricConfig", "MetricManager", "MissingExtraError", "ModelSource",
+    "MultiLabelImageDataModule", "MultiLabelImageDataset", "ObjectDetector", "PAFPN", "SegmentationDataModule",
+    "SemanticSegmentor", "TransformConfig", "TunerConfig", "TverskyLoss", "UPerNetHead", "VisionTask", "YOLOX",
+    "YOLOXDetector", "YOLOXHead", "YOLOXLoss", "build_yolox", "count_parameters", "create_backbone",
+    "create_feature_backbone", "create_inference_transform", "get_feature_channels", "get_feature_info",
+    "get_feature_strides", "get_model_source", "get_transforms_from_backbone", "get_yolox_model_info",
+    "list_backbones", "list_hf_hub_backbones", "list_losses", "list_optimizers", "list_schedulers",
+    "list_transform_presets", "list_yolox_backbones", "list_yolox_heads", "list_yolox_models", "list_yolox_necks",
+    "load_official_yolox", "resolve_backbone_data_config", "seed_everything",
 ]
 
 _getattr, __dir__ = lazy_names(__name__, {k: f"autotimm.{v}" for k, v in _NAMES.items()},

@@ -145,7 +145,7 @@ class YOLOXDetector(DetectionTask):
         hp, trainer = self.hparams, self._trainer
         planned = (trainer.max_epochs or 0) if trainer is not None else 0
         total: int = hp["total_epochs"] or (planned if planned > 0 else 300)
-        rest = round(total / 20) if hp["no_aug_epochs"] is None else hp["no_aug_epochs"]
+        rest = math.ceil(total / 20) if hp["no_aug_epochs"] is None else hp["no_aug_epochs"]
         return {"total_epochs": total, "no_aug_epochs": min(rest, total),
                 "warmup_epochs": total / 60 if hp["warmup_epochs"] is None else hp["warmup_epochs"]}
 

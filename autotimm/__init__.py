@@ -11,7 +11,7 @@ _WHERE = {  # module -> its public names; tests/test_package.py holds it equal t
     "backbones": "Backbone BackboneConfig FeatureBackboneConfig HubError ModelSource create_backbone "
                  "create_feature_backbone get_feature_channels get_feature_info get_feature_strides get_model_source "
                  "list_backbones list_hf_hub_backbones",
-    "losses": "CenternessLoss CombinedSegmentationLoss DiceLoss FCOSLoss FocalLoss GIoULoss MaskLoss TverskyLoss YOLOXLoss list_losses",
+    "losses": "CenternessLoss CombinedSegmentationLoss DiceLoss FCOSLoss FocalLoss FocalLossPixelwise GIoULoss MaskLoss TverskyLoss YOLOXLoss list_losses",
     "heads": "ASPP ClassificationHead DeepLabV3PlusHead DetectionHead FCNHead FPN FPNHead MaskHead UPerNetHead",
     "yolox": "CSPDarknet PAFPN YOLOX YOLOXHead build_yolox get_yolox_model_info list_yolox_backbones list_yolox_heads "
              "list_yolox_models list_yolox_necks load_official_yolox",
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from autotimm.heads import (ASPP, FPN, ClassificationHead, DeepLabV3PlusHead, DetectionHead, FCNHead, FPNHead,
                                 MaskHead, UPerNetHead)
     from autotimm.loggers import LoggerConfig, LoggerManager
-    from autotimm.losses import (CenternessLoss, CombinedSegmentationLoss, DiceLoss, FCOSLoss, FocalLoss, GIoULoss,
+    from autotimm.losses import (CenternessLoss, CombinedSegmentationLoss, DiceLoss, FCOSLoss, FocalLoss, FocalLossPixelwise,
+                                 GIoULoss,
                                  MaskLoss, TverskyLoss, YOLOXLoss, list_losses)
     from autotimm.metrics import LoggingConfig, MetricConfig, MetricManager
     from autotimm.optim import list_optimizers, list_schedulers
@@ -60,7 +61,7 @@ __all__ = [
     "ASPP", "AnnotationError", "AutoTrainer", "Backbone", "BackboneConfig", "BadImageError", "CSPDarknet",
     "CSVDetectionDataset", "CSVImageDataset", "CSVInstanceDataset", "CenternessLoss", "ClassificationHead",
     "CombinedSegmentationLoss", "DeepLabV3PlusHead", "DetectionDataModule", "DetectionHead", "DiceLoss", "FCNHead",
-    "FCOSLoss", "FPN", "FPNHead", "FeatureBackboneConfig", "FocalLoss", "GIoULoss", "HubError", "ImageClassifier",
+    "FCOSLoss", "FPN", "FPNHead", "FeatureBackboneConfig", "FocalLoss", "FocalLossPixelwise", "GIoULoss", "HubError", "ImageClassifier",
     "ImageDataModule", "InstanceSegmentationDataModule", "InstanceSegmentor", "LoggerConfig", "LoggerManager",
     "LoggingConfig", "MaskHead", "MaskLoss", "MetricConfig", "MetricManager", "MissingExtraError", "ModelSource",
     "MultiLabelImageDataModule", "MultiLabelImageDataset", "ObjectDetector", "PAFPN", "SegmentationDataModule",

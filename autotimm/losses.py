@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEGMENTATION_LOSSES', 'CrossEntropyLoss', 'BCEWithLogitsLoss', 'FocalLoss', 'AsymmetricLoss', 'list_losses',
-           'get_loss', 'create_loss', 'TverskyLoss', 'DiceLoss', 'CombinedSegmentationLoss', 'create_segmentation_loss',
-           'GIoULoss', 'CenternessLoss', 'FCOSLoss', 'YOLOXLoss', 'MaskLoss']
+           'get_loss', 'create_loss', 'TverskyLoss', 'DiceLoss', 'FocalLossPixelwise', 'CombinedSegmentationLoss',
+           'create_segmentation_loss', 'GIoULoss', 'CenternessLoss', 'FCOSLoss', 'YOLOXLoss', 'MaskLoss']
 
 # %% ../nbs/04_losses.ipynb #24dc81cf
 import math
@@ -277,6 +277,31 @@ class DiceLoss(TverskyLoss):
         # 2 s / (p + t) is the Tversky index with a half for either error; the sums there are half of those here.
         super().__init__(num_classes, 0.5, 0.5, smooth / 2, ignore_index, reduction)
 
+# %% ../nbs/04_losses.ipynb #fb67078d
+class FocalLossPixelwise(nn.Module):
+    "Softmax focal loss of each pixel: cross entropy, scaled down where the class is likely already."
+    def __init__(
+        self,
+        alpha: float = 0.25,            # factor of the whole
+        gamma: float = 2.0,             # how much easy pixels are scaled down; 0: not at all
+        ignore_index: int = 255,        # class id that counts nowhere
+        reduction: str = "mean",        # over pixels that count: 'mean', 'sum' or 'none'
+    ):
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+        if alpha <= 0 or gamma < 0: raise ValueError(f"alpha must be above 0 and gamma 0 or more, got {alpha!r} and {gamma!r}.")
+        self.alpha, self.gamma, self.ignore_index, self.reduction = alpha, gamma, ignore_index, reduction
+
+    def forward(
+        self,
+        logits: Tensor,                 # (B, C, H, W)
+        targets: Tensor,                # (B, H, W) class ids
+    ) -> Tensor:                        # scalar; (pixels that count,) with 'none'
+        error = F.cross_entropy(_full(logits), targets, ignore_index=self.ignore_index, reduction="none")
+        loss, kept = self.alpha * (1 - (-error).exp()) ** self.gamma * error, targets != self.ignore_index
+        if self.reduction == "none": return loss[kept]
+        return loss.sum() / kept.sum().clamp(min=1) if self.reduction == "mean" else loss.sum()
+
 # %% ../nbs/04_losses.ipynb #e51e9ef8
 class CombinedSegmentationLoss(nn.Module):
     "Weighted sum of cross entropy and Dice."
@@ -326,7 +351,7 @@ def create_segmentation_loss(
     if class_weights is not None and name not in ("ce", "combined"):
         raise ValueError(f"Loss {name!r} takes no class_weights: leave them out, or use 'ce' or 'combined'.")
     if name == "ce": return CrossEntropyLoss(class_weights=class_weights, ignore_index=ignore_index)
-    if name == "focal": return FocalLoss(ignore_index=ignore_index)
+    if name == "focal": return FocalLossPixelwise(ignore_index=ignore_index)
     if name == "combined": return CombinedSegmentationLoss(num_classes, ce_weight, dice_weight, ignore_index, class_weights)
     return (DiceLoss if name == "dice" else TverskyLoss)(num_classes, ignore_index=ignore_index)
 

@@ -75,6 +75,9 @@ def refuse_mask_metrics(metrics: MetricManager) -> None:
                 raise ValueError(f"Metric {name!r} ({type(metric).__name__}) wants whole masks, where no pixel is ignored. Use 'JaccardIndex' for "
                                  "mean IoU or 'F1Score' for Dice, with average='macro'.")
 
+# The maps that a head looks at, where these are not all: what nothing looks at would have no gradient, and DDP would wait for it.
+_LOOKS_AT = {"deeplabv3plus": (0, -1), "fcn": (-1,)}
+
 @inherit_signature
 class SemanticSegmentor(DenseTask):
     "Semantic segmentation: a backbone's feature maps and a head that gives a class for every pixel."
@@ -104,7 +107,8 @@ class SemanticSegmentor(DenseTask):
         self.remember(head_type=head_type, loss_fn=loss_fn, loss_type=loss_type, dice_weight=dice_weight, ce_weight=ce_weight,
                       ignore_index=ignore_index, class_weights=class_weights)
         self.ignore_index, self.loss_fn = ignore_index, loss
-        self.pyramid = self.make_pyramid()
+        strides = self.make_pyramid().strides
+        self.pyramid = self.make_pyramid([strides[i] for i in _LOOKS_AT.get(head_type, range(len(strides)))])
         self.head = create_segmentation_head(head_type, self.pyramid.channels, num_classes)
         ignored = ignore_index if 0 <= ignore_index < num_classes else None
         self.metrics = self.make_metrics(default_metrics("segmentation", ignored), "multiclass")

@@ -343,6 +343,7 @@ def _as_found(model: nn.Module) -> Iterator[None]:
         model.eval()
         try: yield
         finally:
+            model.train()  # LeViT and others keep what they computed in eval mode, with its graph, until the mode changes
             for m, training in modes: m.training = training
 
 def _used(outputs: Sequence[Tensor]) -> set[int]:

@@ -1,17 +1,18 @@
-"""Does every backbone family build, train and reload as a classifier? One row a family.
+"""Does every backbone family train, predict and reload in every task? One row a family, one column a task.
 
     python benchmarks/compatibility.py                      # all families of timm, and the transformers classes
     python benchmarks/compatibility.py --sample 12          # twelve families, evenly spread
     python benchmarks/compatibility.py --family resnet --family ViT
     python benchmarks/compatibility.py --out benchmarks/results/compatibility.md
 
-For each family of `timm.list_modules()` the model with the fewest parameters is taken, with random weights. It is built
-as an `ImageClassifier`, run forward and backward in training mode on two images, saved as a checkpoint, loaded from it
-and compared (equal logits); then built as a feature backbone, whose maps must have the channels and strides that it
-reports, and run backward again. Each family runs in a process of its own choosing with a limit of time, so that one
-that hangs or dies costs its own row only.
+For each family of `timm.list_modules()` the model with the fewest parameters is taken, with random weights, on images of
+128 pixels where it takes these. Its feature maps must have the channels and strides that it reports. Then in each task:
+one training step on two images with objects, with a finite gradient for every parameter that learns; a prediction of
+the right form; and a checkpoint whose reloaded model predicts the very same. Each family runs in a process of its own
+choosing with a limit of time, so that one that hangs or dies costs its own row only.
 """
 import argparse
+import copy
 import logging
 import multiprocessing
 import os
@@ -20,14 +21,16 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-# Larger native sizes are run at this one where the network takes it: what is asked here does not depend on it.
-LARGEST_SIDE, SMALLER_SIDE = 288, 224
+FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError, ImportError, MemoryError)
+# Pixels a side, where the network takes that: what is asked here does not depend on it.
+SIDE, CLASSES = 128, 3
+TASKS = ("classification", "segmentation", "detection", "detection, yolox", "instance segmentation")
 
 _TOKENS = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=64, image_size=64, patch_size=16)
 _DINO = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=56, patch_size=14)
@@ -49,16 +52,15 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    "What was found of one family; `reason` is empty if all went well."
+    "What was found of one family: 'yes' or the reason for each task; `reason` is empty if all went well."
     library: str
     family: str
     model: str = ""
     parameters: int = 0
     input_size: str = ""
     width: int = 0
-    trains: str = ""
-    reloads: str = ""
     features: str = ""
+    tasks: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
 
@@ -72,91 +74,143 @@ def smallest_model(family: str) -> str:
         counts[name] = sum(p.numel() for p in model.parameters())
     return min(counts, key=lambda o: counts[o])
 
-def what_to_build(library: str, family: str) -> tuple[Any, str]:
-    "What `backbone=` gets for a family, and its name."
+def what_to_build(library: str, family: str) -> tuple[Any, str, bool]:
+    "What a backbone is made of for a family, its name, and whether its images may be made smaller."
     from autotimm.backbones import BackboneConfig
-    if library == "transformers":
-        import transformers
-        return getattr(transformers, f"{family}Config")(**TRANSFORMERS[family]), f"{family}Model"
-    import timm
-    name = smallest_model(family)
-    known = timm.get_pretrained_cfg(name)
-    extra = dict(img_size=SMALLER_SIDE) if known and known.input_size[-1] > LARGEST_SIDE else {}
-    return BackboneConfig(name, pretrained=False, extra_kwargs=extra), name
+    if library == "timm": return BackboneConfig(name := smallest_model(family), pretrained=False), name, True
+    import transformers
+    values = TRANSFORMERS[family]
+    return getattr(transformers, f"{family}Config")(**values), f"{family}Model", "image_size" not in values
 
-def trains(model: Any, outputs: Any) -> str:
-    "Backward from a sum of outputs; 'yes' if every parameter that learns has a finite gradient."
+def build(what: Any, smaller: bool) -> tuple[Any, Any]:
+    "The backbones with pooled output and with feature maps, for small images if they can; why there are no maps, if so."
+    from autotimm.backbones import create_backbone, create_feature_backbone
+    size = dict(image_size=SIDE) if smaller else {}
+    try:
+        pooled = create_backbone(what, **size)
+        try: return pooled, create_feature_backbone(what, **size)
+        except AttributeError as e: return pooled, str(e)
+    except FAILURES:
+        if smaller: return build(what, False)
+        raise
+
+def features(maps: Any) -> str:
+    "Channels and strides of the maps. Raises `ValueError` if they are not what the backbone says."
     import torch
-    model.zero_grad()
-    sum(o.float().square().mean() for o in outputs).backward()
+    from autotimm.backbones import get_feature_channels, get_feature_strides
+    size, channels, strides = maps.data_config["input_size"], get_feature_channels(maps), get_feature_strides(maps)
+    with torch.no_grad(): shapes = [tuple(o.shape) for o in maps(torch.randn(2, *size))]
+    if not all(o[1] == c and -1 < size[1] / s - o[2] < 4.5 for o, c, s in zip(shapes, channels, strides, strict=True)):
+        raise ValueError(f"maps of {shapes} from {channels} / {strides}")
+    return f"{channels} / {strides}"
+
+def task(name: str, backbone: Any) -> Any:
+    "The model of a task, with small heads."
+    from autotimm.tasks.classification import ImageClassifier
+    from autotimm.tasks.detection import ObjectDetector
+    from autotimm.tasks.instance import InstanceSegmentor
+    from autotimm.tasks.segmentation import SemanticSegmentor
+    if name == "classification": return ImageClassifier(backbone, CLASSES)
+    if name == "segmentation": return SemanticSegmentor(backbone, CLASSES)
+    small: dict[str, Any] = dict(fpn_channels=32, head_num_convs=1, score_thresh=0.0, max_detections_per_image=10)
+    if name == "instance segmentation": return InstanceSegmentor(backbone, CLASSES, masks_per_image=4, **small)
+    return ObjectDetector(backbone, CLASSES, "yolox" if name.endswith("yolox") else "fcos", **small)
+
+def batch(name: str, images: Any) -> Any:
+    "What a data module would give: two images with a large object each, and a small one in the first."
+    import torch
+    if name == "classification": return images, torch.tensor([0, 2])
+    height, width = images.shape[2:]
+    parts = torch.tensor([[0.1, 0.2, 0.7, 0.9], [0.5, 0.1, 0.9, 0.4], [0.2, 0.1, 0.9, 0.8]])
+    rows = (parts * torch.tensor([width, height, width, height])).round()
+    masks = torch.zeros(3, height, width, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, rows.int().tolist()): mask[top:bottom, left:right] = True
+    if name == "segmentation": return {"image": images, "mask": torch.stack([masks[0].long() + masks[1], masks[2].long()])}
+    return {"images": images, "boxes": [rows[:2], rows[2:]], "labels": [torch.tensor([0, 2]), torch.tensor([1])],
+            "masks": [masks[:2], masks[2:]]}
+
+def train(model: Any, data: Any) -> None:
+    "One step. Raises `ValueError` unless every parameter that learns has a finite gradient."
+    import torch
+    model.train().compute(data, "train").losses["loss"].backward()
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     without = [n for n, p in learning.items() if p.grad is None]
-    if without: return f"no gradient: {without[:3]}"
-    bad = [n for n, p in learning.items() if not torch.isfinite(p.grad).all()]
-    return f"not finite: {bad[:3]}" if bad else "yes"
-
-def check_classifier(what: Any, row: Row) -> None:
-    "Build, train one step and reload from a checkpoint."
-    import torch
-    from autotimm.tasks.classification import ImageClassifier
-    from pytorch_lightning import Trainer
-    model = ImageClassifier(backbone=what, num_classes=3)
-    size = model.backbone.data_config["input_size"]
-    row.parameters = sum(p.numel() for p in model.backbone.parameters())
-    row.input_size, row.width = " x ".join(map(str, size)), model.backbone.num_features
-    x = torch.randn(2, *size)
-    model.train()
-    row.trains = trains(model, [model(x)])
+    bad = [n for n, p in learning.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if without or bad: raise ValueError(f"{f'no gradient: {without[:3]}' if without else f'not finite: {bad[:3]}'}")
+    torch.nn.utils.clip_grad_norm_(learning.values(), 1.0)
+    torch.optim.SGD(learning.values(), lr=1e-3).step()
     model.zero_grad()
-    model.eval()
-    with torch.no_grad(): before = model(x)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                          enable_model_summary=False)
-        trainer.strategy.connect(model)
-        trainer.save_checkpoint(path := Path(folder) / "model.ckpt")
-        del model
-        again = ImageClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
-    with torch.no_grad(): after = again(x)
-    row.reloads = "yes" if torch.equal(before, after) else f"differs by {float((before - after).abs().max()):.1e}"
 
-def check_features(what: Any, row: Row) -> None:
-    "Build as a feature backbone; its maps must be what it says."
+def predict(name: str, model: Any, images: Any) -> list[Any]:
+    "What a model predicts, as tensors. Raises `ValueError` if it has not the form that the task promises."
     import torch
-    from autotimm.backbones import create_feature_backbone, get_feature_channels, get_feature_strides
-    try: model = create_feature_backbone(what)
-    except AttributeError as e:
-        row.features = f"none: {e}"
-        return
-    size = model.data_config["input_size"]
-    maps = model.train()(torch.randn(2, *size))
-    channels, strides = get_feature_channels(model), get_feature_strides(model)
-    good = all(o.shape[1] == c and -1 < size[1] / s - o.shape[2] < 4.5 for o, c, s in zip(maps, channels, strides, strict=True))
-    learned = trains(model, maps)
-    row.features = f"{channels} / {strides}"
-    if not good: row.reason = f"maps of {[tuple(o.shape) for o in maps]}"
-    elif learned != "yes": row.reason = f"features: {learned}"
+    height, width = images.shape[2:]
+    if name == "classification":
+        with torch.no_grad(): found = [model.eval().predict_step(images)]
+        good = found[0].shape == (2, CLASSES) and torch.allclose(found[0].sum(1), torch.ones(2))
+    elif name == "segmentation":
+        found = [model.predict(images, full_size=True), model.predict(images, return_logits=True)]
+        good = found[0].shape == (2, height, width) and 0 <= int(found[0].min()) <= int(found[0].max()) < CLASSES
+    else:
+        parts = model.predict(images)
+        found, frame = [v for o in parts for v in o.values()], torch.tensor([width, height, width, height])
+        good = len(parts) == 2 and all(
+            len(o["boxes"]) > 0 and bool(((o["boxes"] >= 0) & (o["boxes"] <= frame)).all() and (o["boxes"][:, 2:] > o["boxes"][:, :2]).all())
+            and o["scores"].shape == o["labels"].shape == (len(o["boxes"]),) and int(o["labels"].max()) < CLASSES
+            and ("masks" not in o or o["masks"].shape == (len(o["boxes"]), height, width))
+            and ("masks" in o) == name.startswith("instance") for o in parts)
+    if not good or not all(torch.isfinite(o).all() for o in found): raise ValueError(f"predictions {[tuple(o.shape) for o in found]} {found}")
+    return found
 
-def check(library: str, family: str) -> Row:
-    "One family, tried in full."
+def check_task(name: str, backbone: Any) -> str:
+    "'yes' if a task trains, predicts and reloads on a backbone, else why not."
+    import torch
+    from pytorch_lightning import Trainer
+    try:
+        images = torch.randn(2, *backbone.data_config["input_size"])
+        model = task(name, backbone)
+        train(model, batch(name, images))
+        before = predict(name, model, images)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                              enable_model_summary=False)
+            trainer.strategy.connect(model)
+            trainer.save_checkpoint(path := Path(folder) / "model.ckpt")
+            kind = type(model)
+            del model, trainer
+            again = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        after = predict(name, again, images)
+        same = len(before) == len(after) and all(map(torch.equal, before, after))
+        return "yes" if same else "reloaded, it predicts something else"
+    except FAILURES as e: return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+def check(library: str, family: str, tasks: tuple[str, ...] = TASKS) -> Row:
+    "One family, tried in these tasks."
     import torch
     torch.manual_seed(0)
     start, row = time.perf_counter(), Row(library, family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            what, row.model = what_to_build(library, family)
-            check_classifier(what, row)
-            check_features(what, row)
-            if {row.trains, row.reloads} != {"yes"}: row.reason = row.reason or "see the columns"
-        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError, ImportError, MemoryError) as e:
-            row.reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            what, row.model, smaller = what_to_build(library, family)
+            pooled, maps = build(what, smaller)
+            row.parameters, row.width = sum(p.numel() for p in pooled.parameters()), pooled.num_features
+            row.input_size = " x ".join(map(str, pooled.data_config["input_size"]))
+            row.features = maps if isinstance(maps, str) else features(maps)
+            for name in tasks:
+                if name == "classification": row.tasks[name] = check_task(name, pooled)
+                elif isinstance(maps, str): row.tasks[name] = "no feature maps"
+                # A copy, since a task drops what it does not use; to build anew takes longer.
+                else: row.tasks[name] = check_task(name, copy.deepcopy(maps))
+            if set(row.tasks.values()) - {"yes", "no feature maps"}: row.reason = "see the tasks"
+        except FAILURES as e: row.reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     row.seconds = time.perf_counter() - start
     return row
 
 def _serve(pipe: Any) -> None:
     "Answer with a row for each family that comes through the pipe."
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import pytorch_lightning  # noqa: F401  sets the level of its log, which would tell of each Trainer
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     while (item := pipe.recv()) is not None: pipe.send(asdict(check(*item)))
 
@@ -200,12 +254,12 @@ def table(rows: list[Row]) -> str:
     versions = ", ".join(f"{o} {version(o)}" for o in ("torch", "timm", "transformers", "pytorch-lightning") if _has(o))
     lines = ["# Backbone compatibility", "",
              "; ".join(f"{len(good[o])} of {total[o]} {o} families pass" for o in good if total[o]) + f" ({versions}).", "",
-             "Smallest model of each family, random weights, two images: built as a classifier, forward and backward, "
-             "reloaded from its checkpoint with equal logits, and as a feature backbone.", "",
-             "| library | family | model | parameters (M) | input | width | trains | reloads | channels / strides of the maps | s | note |",
-             "|---|---|---|---:|---|---:|---|---|---|---:|---|"]
-    lines += [f"| {o.library} | {o.family} | {o.model} | {o.parameters / 1e6:.2f} | {o.input_size} | {o.width} | {o.trains} | "
-              f"{o.reloads} | {o.features} | {o.seconds:.1f} | {o.reason} |" for o in rows]
+             "Smallest model of each family, random weights, two images. In each task: one training step on objects, a prediction "
+             "of the right form, and the same prediction from the reloaded checkpoint.", "",
+             "| library | family | model | parameters (M) | input | width | channels / strides of the maps | " + " | ".join(TASKS)
+             + " | s | note |", "|---|---|---|---:|---|---:|---|" + "---|" * len(TASKS) + "---:|---|"]
+    lines += [f"| {o.library} | {o.family} | {o.model} | {o.parameters / 1e6:.2f} | {o.input_size} | {o.width} | {o.features} | "
+              + " | ".join(o.tasks.get(t, "") for t in TASKS) + f" | {o.seconds:.1f} | {o.reason} |" for o in rows]
     return "\n".join(lines) + "\n"
 
 def _has(package: str) -> bool:

@@ -10,6 +10,7 @@ __all__ = ['SEGMENTATION_HEADS', 'ClassificationHead', 'ConvNormAct', 'resize_ma
 # %% ../nbs/05_heads.ipynb #c8697b67
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,12 @@ class ConvNormAct(nn.Sequential):
         out_channels: int,          # of the output
         kernel_size: int = 3,       # odd; the size of the map is kept
         dilation: int = 1,          # spread of the kernel
+        separable: bool = False,    # one kernel a channel, then 1 by 1
     ):
-        padding = dilation * (kernel_size // 2)
-        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
-                         nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+        shape: dict[str, Any] = dict(kernel_size=kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, bias=False)
+        convs = [nn.Conv2d(in_channels, in_channels, groups=in_channels, **shape), nn.Conv2d(in_channels, out_channels, 1, bias=False)]
+        super().__init__(*(convs if separable else [nn.Conv2d(in_channels, out_channels, **shape)]), nn.BatchNorm2d(out_channels),
+                         nn.ReLU(inplace=True))
 
 def resize_map(
     x: Tensor,                      # (B, C, h, w)
@@ -143,10 +146,11 @@ class ASPP(nn.Module):
         in_channels: int,                               # of the map
         out_channels: int = 256,                        # of the result
         dilation_rates: Sequence[int] = (6, 12, 18),    # of the 3 by 3 convolutions
+        separable: bool = False,                        # these in two parts, depth-wise and 1 by 1
     ):
         super().__init__()
         self.branches = nn.ModuleList([ConvNormAct(in_channels, out_channels, 1),
-                                       *(ConvNormAct(in_channels, out_channels, 3, rate) for rate in dilation_rates),
+                                       *(ConvNormAct(in_channels, out_channels, 3, rate, separable) for rate in dilation_rates),
                                        PooledContext(in_channels, out_channels)])
         self.project = ConvNormAct(len(self.branches) * out_channels, out_channels, 1)
 
@@ -157,7 +161,7 @@ class ASPP(nn.Module):
         return self.project(torch.cat([branch(x) for branch in self.branches], 1))
 
 class DeepLabV3PlusHead(nn.Module):
-    "ASPP on the last map, sharpened with the first."
+    "ASPP on the last map, sharpened with the first; its 3 by 3 convolutions are separable."
     def __init__(
         self,
         in_channels_list: Sequence[int],                # of each map
@@ -168,10 +172,11 @@ class DeepLabV3PlusHead(nn.Module):
         low_channels: int = 48,                         # that the first map is projected to
     ):
         super().__init__()
-        self.aspp = ASPP(in_channels_list[-1], aspp_out_channels, dilation_rates)
+        self.aspp = ASPP(in_channels_list[-1], aspp_out_channels, dilation_rates, separable=True)
         self.low = ConvNormAct(in_channels_list[0], low_channels, 1)
-        self.decoder = nn.Sequential(ConvNormAct(aspp_out_channels + low_channels, decoder_channels),
-                                     ConvNormAct(decoder_channels, decoder_channels), nn.Conv2d(decoder_channels, num_classes, 1))
+        self.decoder = nn.Sequential(ConvNormAct(aspp_out_channels + low_channels, decoder_channels, separable=True),
+                                     ConvNormAct(decoder_channels, decoder_channels, separable=True),
+                                     nn.Conv2d(decoder_channels, num_classes, 1))
 
     def forward(
         self,

@@ -156,10 +156,11 @@ class SemanticSegmentor(DenseTask):
             # A number that is no class in a later batch than the one that was looked at.
             check_masks((x, mask), self.num_classes, self.ignore_index)
             raise
+        # Without a metric of this stage no class is asked for.
+        if stage != "val" and not self.metrics.stage_metrics(stage): return Step({"loss": loss}, mask[:0].flatten(), mask[:0].flatten(), len(x))
         ids, kept = logits.detach().argmax(1), mask != self.ignore_index
         if stage == "val" and self.confusion is not None and bool(kept.any()): self.confusion.update(ids[kept], mask[kept])
         self.keep_for_figures(stage, x, ids)
-        if not len(self.metrics.stage_metrics(stage)): kept = torch.zeros_like(kept)
         return Step({"loss": loss}, ids[kept], mask[kept], len(x))
 
     def normalised(

@@ -219,8 +219,10 @@ def assign_simota(
     if not len(boxes):
         nothing = torch.full_like(points[:, 0], -1, dtype=torch.int64)
         return SimOTATargets(nothing, points_xyxy, torch.zeros_like(points[:, 0]), nothing.clone())
-    inside, central = _near(points, strides_per_point, boxes, radius)
-    candidate = (inside | central).any(0)
+    # A box without area is no object.
+    real = (boxes[:, 2:] > boxes[:, :2]).all(1, keepdim=True)
+    inside, central = (o & real for o in _near(points, strides_per_point, boxes, radius))
+    candidate = (inside | central).any(0) & real
     # A prediction that overflowed has no IoU; it must not decide for the others.
     ious = box_iou(boxes, pred_boxes_xyxy.float()).nan_to_num(0)
     costs = _class_costs(cls_logits, obj_logits, labels) - iou_weight * (ious + 1e-8).log() + 1e5 * ~(inside & central)

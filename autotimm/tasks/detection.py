@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Outputs', 'ARCHITECTURES', 'flatten_levels', 'FCOS', 'YOLOXPredictor', 'read_targets', 'check_targets',
-           'DetectionTask', 'pick_strides', 'ObjectDetector']
+           'DetectionTask', 'check_strides', 'pick_strides', 'ObjectDetector']
 
 # %% ../../nbs/20_tasks_detection.ipynb #e36501c8
 import math
@@ -167,7 +167,8 @@ def read_targets(
     x = batch["images"] if "images" in batch else batch["image"]
     names = [o for o in ("boxes", "labels", "iscrowd", "area", "masks", "orig_masks") if o in batch]
     targets = [dict(zip(names, o)) for o in zip(*(batch[k] for k in names))]
-    for o in targets: o.setdefault("iscrowd", torch.zeros_like(o["labels"], dtype=torch.bool))
+    # COCO's own 0 and 1 would be taken for indices.
+    for o in targets: o["iscrowd"] = o["iscrowd"].bool() if "iscrowd" in o else torch.zeros_like(o["labels"], dtype=torch.bool)
     return x, targets
 
 def check_targets(
@@ -183,13 +184,17 @@ def check_targets(
     x = batch["images"] if "images" in batch else batch["image"]
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or x.shape[1] != channels:
         raise ValueError(f"Images must be float (B, {channels}, H, W), got {getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}.")
-    for name in needs:
+    for name in (*needs, *({"iscrowd"} & set(batch))):
+        if not isinstance(batch[name], Sequence | Tensor) or not all(isinstance(o, Tensor) for o in batch[name]):
+            raise ValueError(f"{name!r} must be a list with a tensor for each image, got {type(batch[name]).__name__}: {batch[name]!r:.80}.")
         if len(batch[name]) != len(x): raise ValueError(f"There are {len(x)} images, but {name!r} has {len(batch[name])} entries.")
     for i, (boxes, labels) in enumerate(zip(batch["boxes"], batch["labels"])):
         if tuple(boxes.shape) != (len(labels), 4) or labels.is_floating_point():
             raise ValueError(f"Image {i} needs boxes (N, 4) and class ids (N,) int64, got {tuple(boxes.shape)} and {labels.dtype} {tuple(labels.shape)}.")
         if "masks" in needs and tuple(batch["masks"][i].shape) != (len(labels), *x.shape[2:]):
             raise ValueError(f"Image {i} needs masks {(len(labels), *x.shape[2:])}, got {tuple(batch['masks'][i].shape)}.")
+        if "masks" in needs and batch["masks"][i].dtype != torch.bool and batch["masks"][i].numel() and batch["masks"][i].max() > 1:
+            raise ValueError(f"Masks must be bool or 0 and 1, got {batch['masks'][i].max():g} in image {i}.")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"Labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}. They count from 0, without a background.")
         if len(boxes) and not (torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
@@ -252,7 +257,11 @@ class DetectionTask(DenseTask):
 
     def to_original(self, found: list[dict[str, Tensor]], rows: Tensor | None, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         "Detections in the pixels of the original images; `rows` (B, 6) says how those were resized, None that they were not."
-        return found if rows is None else [{**o, "boxes": scale_boxes(o["boxes"], row)} for o, row in zip(found, rows)]
+        if rows is None: return found
+        moved = [{**o, "boxes": scale_boxes(o["boxes"], row)} for o, row in zip(found, rows)]
+        # What was seen in the padding alone has no area left.
+        there = [(o["boxes"][:, 2:] > o["boxes"][:, :2]).all(1) for o in moved]
+        return [{k: v[kept] for k, v in o.items()} for o, kept in zip(moved, there)]
 
     def objects(self, targets: list[dict[str, Tensor]], rows: Tensor | None) -> list[dict[str, Tensor]]:
         "The objects in the pixels of the original images, as metrics take them."
@@ -264,18 +273,28 @@ class DetectionTask(DenseTask):
         known = "masks" not in self.needs or "orig_masks" in batch
         return batch.get("letterbox") if known else None
 
+    def draws(self, stage: str) -> bool:
+        "Whether pictures of this epoch's predictions are asked for and not all there yet."
+        config = self.logging_config
+        return config.log_predictions and stage == "val" and len(self._shown) < config.predictions_per_epoch
+
     def compute(self, batch: Any, stage: str) -> Step:
         "Losses, and detections and objects in the pixels of the original images."
         self.check_once(batch, stage)
         x, targets = read_targets(batch)
         maps = self.maps(x)
         outputs = self.predictions(maps)
-        kept = [{k: v[~o["iscrowd"]] for k, v in o.items() if k in self.needs} for o in targets]
-        losses = self.losses(maps, outputs, kept)
+        # A crowd becomes a box without a place in it: to leave it out would make a GPU wait for each image.
+        kept = [{**o, "boxes": o["boxes"].masked_fill(o["iscrowd"][:, None], 0)} for o in targets]
+        try: losses = self.losses(maps, outputs, kept)
+        except IndexError:
+            # A label out of range in a later batch than the one that was looked at.
+            self.check(batch)
+            raise
         if stage == "train" and not self.metrics.get_train_metrics(): return Step(losses, [], [], len(x))
         size, rows = (int(x.shape[2]), int(x.shape[3])), self.rows(batch)
         with torch.no_grad(): seen = self.detect(maps, outputs, size)
-        if self.logging_config.log_predictions: self.keep_for_figures(stage, x, self.to_original(seen, None, size))
+        if self.draws(stage): self.keep_for_figures(stage, x, self.to_original(seen, None, size))
         return Step(losses, self.to_original(seen, rows, size), self.objects(targets, rows), len(x))
 
     def predict(
@@ -303,6 +322,13 @@ class DetectionTask(DenseTask):
 
 # %% ../../nbs/20_tasks_detection.ipynb #c6c54cbc
 ARCHITECTURES = ("fcos", "yolox")
+
+def check_strides(
+    strides: Any,                       # of the levels that were asked for
+) -> None:
+    "Raise `ValueError` for what is no ascending list of positive numbers."
+    numbers = isinstance(strides, Sequence) and len(strides) > 0 and all(isinstance(o, int | float) and o > 0 for o in strides)
+    if not numbers or list(strides) != sorted(strides): raise ValueError(f"strides must be positive and ascending numbers, got {strides!r}.")
 
 def pick_strides(
     strides: Sequence[float],           # of a backbone's maps, ascending
@@ -338,8 +364,7 @@ class ObjectDetector(DetectionTask):
         for name, value in (("cls_loss_fn", cls_loss_fn), ("reg_loss_fn", reg_loss_fn)):
             refuse_note(name, value)
             if detection_arch == "yolox" and value is not None: raise ValueError(f"{name} is for detection_arch='fcos'; YOLOX has its own.")
-        if list(strides) != sorted(strides) or not strides or min(strides) <= 0:
-            raise ValueError(f"strides must be positive and ascending, got {strides!r}.")
+        check_strides(strides)
         super().__init__(backbone, num_classes, **kwargs)
         self.remember(detection_arch=detection_arch, cls_loss_fn=cls_loss_fn, reg_loss_fn=reg_loss_fn, fpn_channels=fpn_channels,
                       head_num_convs=head_num_convs, focal_alpha=focal_alpha, focal_gamma=focal_gamma, cls_loss_weight=cls_loss_weight,

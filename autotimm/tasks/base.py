@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'TrainableModule', 'log_figure', 'evaluating',
-           'Step', 'as_metric_configs', 'as_list', 'as_dataclass', 'VisionTask', 'DenseTask']
+           'Step', 'as_metric_configs', 'as_list', 'as_batch', 'as_dataclass', 'VisionTask', 'DenseTask']
 
 # %% ../../nbs/17_tasks_base.ipynb #62a4a410
 import dataclasses
@@ -335,6 +335,14 @@ def as_list(
     if many and not len(images): raise ValueError("There is no image to preprocess: got an empty list.")
     return images if many else [images]
 
+def as_batch(
+    images: Tensor,                   # (C, H, W) or (B, C, H, W), normalised
+) -> Tensor:                          # (B, C, H, W)
+    "A normalised image or several as a batch. Raises `ValueError` for pixels, which no one has normalised."
+    if not images.is_floating_point():
+        raise ValueError(f"Tensors of images must be normalised floats, got {images.dtype}. Arrays (B, H, W, C) and PIL images are preprocessed.")
+    return images if images.ndim == 4 else images[None]
+
 def as_dataclass(
     cls: type,                        # the dataclass wanted
     value: Any,                       # one of it, a dict of its fields, or None
@@ -400,7 +408,7 @@ class VisionTask(TrainableModule):
 
     def preprocess(self, images: Any, is_train: bool = False) -> Tensor:
         "Images (PIL, list of PIL, HWC or BHWC uint8 array) as a normalised batch (B, C, H, W); a tensor is only batched."
-        if isinstance(images, Tensor): return images if images.ndim == 4 else images[None]
+        if isinstance(images, Tensor): return as_batch(images)
         transform, channels = TransformAdapter(self.get_transform(is_train)), self.data_config["input_size"][0]
         return torch.stack([transform(to_uint8_image(o, channels)) for o in as_list(images)])
 
@@ -466,7 +474,7 @@ class VisionTask(TrainableModule):
             self.log(name, total / count, on_step=False, on_epoch=True, batch_size=count, sync_dist=True,
                      prog_bar=bar > 1 or bar > 0 and name == f"{stage}/loss")
         for name, value in self.metrics.compute(stage).items():
-            self.log(name, value, on_step=False, on_epoch=True, prog_bar=bar > 0 and self.metrics.prog_bar(name), sync_dist=True)
+            self.log(name, value, on_step=False, on_epoch=True, batch_size=1, prog_bar=bar > 0 and self.metrics.prog_bar(name), sync_dist=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         "Log the epoch after its last batch, before the callbacks that read what was logged."
@@ -552,7 +560,7 @@ class DenseTask(VisionTask):
         images: Any,                                # (B, C, H, W) normalised; PIL images and arrays are preprocessed
     ) -> tuple[Tensor, Tensor | None]:              # (B, C, H, W), and (B, 6) how each was resized; None for a tensor
         "Images as the model takes them, and the way back to their pixels."
-        if isinstance(images, Tensor): return images if images.ndim == 4 else images[None], None
+        if isinstance(images, Tensor): return as_batch(images), None
         pipeline = dense_pipeline(self.data_config, self.transform_config or TransformConfig())
         samples = [pipeline({"image": to_uint8_image(o, pipeline.channels)}) for o in as_list(images)]
         return torch.stack([o["image"] for o in samples]), torch.stack([o["letterbox"] for o in samples])

@@ -758,8 +758,8 @@ class BoxDataModule(VisionDataModule):
         return BoxDataset(samples, transform, self.with_masks, channels, self.on_bad_image, split, mixing, self._mixes)
 
     def _asked(self, name: str) -> Any:
-        "What is stated of mosaic, mixup and no_aug_epochs, else what the model at hand asks for by its `sample_mixing`, else 0."
-        model = getattr(self.trainer, "lightning_module", None)
+        "What is stated of mosaic, mixup and no_aug_epochs, else what the model at hand, or `backbone`, asks for by its `sample_mixing`, else 0."
+        model = self.backbone if self.trainer is None else self.trainer.lightning_module
         stated = getattr(self, name)
         return stated if stated is not None else (getattr(model, "sample_mixing", None) or {}).get(name, 0)
 

@@ -52,6 +52,8 @@ def quiet(
             # Files are never overwritten here: a run has its folder, and names are counted up.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            # Said at every test of averaged weights, to be ignored there by its own words.
+            warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but loading")
             if everything: warnings.simplefilter("ignore", PossibleUserWarning)
             yield
     finally: logger.removeFilter(wanted)

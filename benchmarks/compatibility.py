@@ -136,10 +136,17 @@ def train(model: Any, data: Any) -> None:
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     without = [n for n, p in learning.items() if p.grad is None]
     bad = [n for n, p in learning.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    if without or bad: raise ValueError(f"{f'no gradient: {without[:3]}' if without else f'not finite: {bad[:3]}'}")
+    if without or bad: raise ValueError(f"no gradient: {without[:3]}" if without else f"not finite: {bad[:3]}")
     torch.nn.utils.clip_grad_norm_(learning.values(), 1.0)
     torch.optim.SGD(learning.values(), lr=1e-3).step()
     model.zero_grad()
+
+def well_formed(boxes: Any, scores: Any, labels: Any, height: int, width: int, masks: Any = None) -> bool:
+    "Whether these are detections of an image of that size: at least one, its box inside."
+    inside = bool((boxes >= 0).all() and (boxes[:, [0, 2]] <= width).all() and (boxes[:, [1, 3]] <= height).all())
+    count, real = len(boxes), bool((boxes[:, 2:] > boxes[:, :2]).all())
+    return (count > 0 and inside and real and scores.shape == labels.shape == (count,)
+            and 0 <= int(labels.min()) <= int(labels.max()) < CLASSES and (masks is None or masks.shape == (count, height, width)))
 
 def predict(name: str, model: Any, images: Any) -> list[Any]:
     "What a model predicts, as tensors. Raises `ValueError` if it has not the form that the task promises."
@@ -153,12 +160,8 @@ def predict(name: str, model: Any, images: Any) -> list[Any]:
         good = found[0].shape == (2, height, width) and 0 <= int(found[0].min()) <= int(found[0].max()) < CLASSES
     else:
         parts = model.predict(images)
-        found, frame = [v for o in parts for v in o.values()], torch.tensor([width, height, width, height])
-        good = len(parts) == 2 and all(
-            len(o["boxes"]) > 0 and bool(((o["boxes"] >= 0) & (o["boxes"] <= frame)).all() and (o["boxes"][:, 2:] > o["boxes"][:, :2]).all())
-            and o["scores"].shape == o["labels"].shape == (len(o["boxes"]),) and int(o["labels"].max()) < CLASSES
-            and ("masks" not in o or o["masks"].shape == (len(o["boxes"]), height, width))
-            and ("masks" in o) == name.startswith("instance") for o in parts)
+        found, masks = [v for o in parts for v in o.values()], name.startswith("instance")
+        good = len(parts) == 2 and all(("masks" in o) == masks and well_formed(**o, height=height, width=width) for o in parts)
     if not good or not all(torch.isfinite(o).all() for o in found): raise ValueError(f"predictions {[tuple(o.shape) for o in found]} {found}")
     return found
 

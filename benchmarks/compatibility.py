@@ -28,8 +28,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError, ImportError, MemoryError)
-# Pixels a side, where the network takes that: what is asked here does not depend on it.
-SIDE, CLASSES = 128, 3
+# Pixels a side, the first that the network takes, else its own: what is asked here does not depend on it. Patches of 14 want the second.
+SIDES, CLASSES = (128, 112), 3
 TASKS = ("classification", "segmentation", "detection", "detection, yolox", "instance segmentation")
 
 _TOKENS = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=64, image_size=64, patch_size=16)
@@ -74,24 +74,24 @@ def smallest_model(family: str) -> str:
         counts[name] = sum(p.numel() for p in model.parameters())
     return min(counts, key=lambda o: counts[o])
 
-def what_to_build(library: str, family: str) -> tuple[Any, str, bool]:
-    "What a backbone is made of for a family, its name, and whether its images may be made smaller."
+def what_to_build(library: str, family: str) -> tuple[Any, str, tuple[int, ...]]:
+    "What a backbone is made of for a family, its name, and the sizes of image to try."
     from autotimm.backbones import BackboneConfig
-    if library == "timm": return BackboneConfig(name := smallest_model(family), pretrained=False), name, True
+    if library == "timm": return BackboneConfig(name := smallest_model(family), pretrained=False), name, SIDES
     import transformers
     values = TRANSFORMERS[family]
-    return getattr(transformers, f"{family}Config")(**values), f"{family}Model", "image_size" not in values
+    return getattr(transformers, f"{family}Config")(**values), f"{family}Model", () if "image_size" in values else SIDES
 
-def build(what: Any, smaller: bool) -> tuple[Any, Any]:
-    "The backbones with pooled output and with feature maps, for small images if they can; why there are no maps, if so."
+def build(what: Any, sides: tuple[int, ...] = SIDES) -> tuple[Any, Any]:
+    "The backbones with pooled output and with feature maps, for images of the first side they take; why there are no maps, if so."
     from autotimm.backbones import create_backbone, create_feature_backbone
-    size = dict(image_size=SIDE) if smaller else {}
+    size = dict(image_size=sides[0]) if sides else {}
     try:
         pooled = create_backbone(what, **size)
         try: return pooled, create_feature_backbone(what, **size)
         except AttributeError as e: return pooled, str(e)
     except FAILURES:
-        if smaller: return build(what, False)
+        if sides: return build(what, sides[1:])
         raise
 
 def features(maps: Any) -> str:
@@ -132,6 +132,9 @@ def batch(name: str, images: Any) -> Any:
 def train(model: Any, data: Any) -> None:
     "One step. Raises `ValueError` unless every parameter that learns has a finite gradient."
     import torch
+    for o in model.modules():
+        # The statistics of this step alone: mixed with those at the start, a random network's activations explode in eval mode.
+        if isinstance(o, torch.nn.modules.batchnorm._BatchNorm): o.momentum = 1.0
     model.train().compute(data, "train").losses["loss"].backward()
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     without = [n for n, p in learning.items() if p.grad is None]
@@ -195,8 +198,8 @@ def check(library: str, family: str, tasks: tuple[str, ...] = TASKS) -> Row:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            what, row.model, smaller = what_to_build(library, family)
-            pooled, maps = build(what, smaller)
+            what, row.model, sides = what_to_build(library, family)
+            pooled, maps = build(what, sides)
             row.parameters, row.width = sum(p.numel() for p in pooled.parameters()), pooled.num_features
             row.input_size = " x ".join(map(str, pooled.data_config["input_size"]))
             row.features = maps if isinstance(maps, str) else features(maps)

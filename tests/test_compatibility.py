@@ -48,7 +48,7 @@ def test_transformers_class(family):
 @pytest.fixture(scope="module")
 def backbones():
     from autotimm.backbones import BackboneConfig
-    return compatibility.build(BackboneConfig("test_resnet", pretrained=False), True)
+    return compatibility.build(BackboneConfig("test_resnet", pretrained=False))
 
 
 @pytest.mark.parametrize("name", compatibility.TASKS)

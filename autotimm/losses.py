@@ -425,9 +425,9 @@ def _focal(x: Tensor, gamma: float) -> Tensor:
     return F.softplus(x) * x.sigmoid() ** gamma
 
 def _per_process(count: Tensor) -> Tensor:
-    "The mean over processes."
+    "The mean over processes while training; elsewhere they need not have equally many batches, and each counts its own."
     count = count.detach().float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
         count = count.clone()
         torch.distributed.all_reduce(count)
         count = count / torch.distributed.get_world_size()

@@ -67,7 +67,8 @@ class Maps(nn.Module):
         self.pyramid = None if above is None else FeaturePyramidNetwork(self.channels, 256, above)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = self.backbone(images)
+        # The memory format that our side takes on a CPU: without it torchvision's step takes longer.
+        maps = self.backbone(images.contiguous(memory_format=torch.channels_last))
         if self.pyramid is None: return {"out": maps[-1]}
         return self.pyramid({str(i): x for i, x in enumerate(maps)})
 
@@ -256,23 +257,34 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def loss_share(task: str, plan: Plan, data: Path, steps: int = 20) -> float:
-    "Share of our step from the head's outputs to the gradients with respect to them: assignment, loss, and its backward pass."
+    "Share of our step between the outputs of the heads and the gradients with respect to them: assignment, loss, and its backward pass."
     weights = f"local-dir:{data / 'weights' / 'mobilenetv2_100'}"
     photos = data_module(task, plan, data, weights)
     photos.setup()
-    model, marks = our_model(task, plan, weights, photos.num_classes), []
+    model = our_model(task, plan, weights, photos.num_classes)
+    marks: list[float] = []         # beginning and end, in turn
 
-    def seen(_: Any, __: Any, outputs: Any) -> None:
-        marks.append(time.perf_counter())
-        first = len(marks)
+    def mark(*_: Any) -> None: marks.append(time.perf_counter())
+
+    def watch(_: Any, __: Any, outputs: Any) -> None:
+        mark()
         # All of the loss is behind when the first gradient comes to the head.
-        for x in tensors(outputs): x.register_hook(lambda _: marks.append(time.perf_counter()) if len(marks) == first else None)
-    model.head.register_forward_hook(seen)
+        left = [mark]
+        for x in tensors(outputs): x.register_hook(lambda _: left.pop()() if left else None)
+
+    (model.head if task == "segmentation" else model.predictor.head).register_forward_hook(watch)
+    if task == "instance":
+        # Between assignment and the loss of the masks, and once more between the gradients of both, the masks' head has its turn.
+        cut = model.mask_logits
+        model.mask_logits = lambda *args: (mark(), cut(*args))[1]
+        model.mask_head.register_forward_hook(lambda _, pieces, logits: (pieces[0].register_hook(mark), watch(_, pieces, logits))[0] and None)
     turns = Turns(photos.train_dataloader(), steps, lambda batch: None)
     AutoTrainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False,
                 enable_model_summary=False).fit(model, train_dataloaders=turns)
-    shares = [(end - start) / total for start, end, total in zip(marks[::2], marks[1::2], turns.times["ours"])]
-    return statistics.median(shares[5:])
+    spans = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
+    times, parts = turns.times["ours"], 3 if task == "instance" else 1
+    assert len(spans) == parts * steps, "a mark was missed"
+    return statistics.median(sum(spans[parts * i:parts * (i + 1)]) / total for i, total in enumerate(times[5:], 5))
 
 
 def report(task: str, plan: Plan, runs: list[tuple[dict[str, dict[str, float]], dict[str, list[float]]]]) -> str:

@@ -271,6 +271,7 @@ def _group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
 
 def _tower(channels: int, num_convs: int, num_groups: int) -> nn.Sequential:
     "3 by 3 convolutions with ReLU, normalised unless `num_groups` is 0."
+    if num_convs < 0: raise ValueError(f"num_convs must be 0 or more, got {num_convs!r}.")
     layers: list[nn.Module] = []
     for _ in range(num_convs):
         layers.append(nn.Conv2d(channels, channels, 3, padding=1))

@@ -27,12 +27,18 @@ from .core import lookup
 # %% ../nbs/06_yolox.ipynb #ed08574e
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
 
+class _Norm(nn.BatchNorm2d):
+    "BatchNorm; where a batch has one value a channel, which has no variance, by the running statistics."
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.numel() > x.shape[1]: return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
 class _ConvNorm(nn.Module):
     "Convolution without bias, BatchNorm, activation; the map keeps its size, over the stride."
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, activation: str = "silu"):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.03)
+        self.bn = _Norm(out_channels, eps=1e-3, momentum=0.03)
         self.act = lookup(_ACTIVATIONS, activation, "Activation")()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,6 +204,7 @@ class YOLOXHead(nn.Module):
             raise ValueError(f"in_channels and strides must be as many, got {widths} and {list(strides)}.")
         if not 0 < prior_prob < 1: raise ValueError(f"prior_prob must be above 0 and below 1, got {prior_prob!r}.")
         if num_classes < 1: raise ValueError(f"num_classes must be positive, got {num_classes!r}.")
+        if num_convs < 0: raise ValueError(f"num_convs must be 0 or more, got {num_convs!r}.")
         def branch() -> nn.Sequential:
             return nn.Sequential(*(_conv3(hidden_channels, hidden_channels, depthwise=use_depthwise, activation=activation)
                                    for _ in range(num_convs)))

@@ -24,8 +24,7 @@ from common import keep_quiet, machine, table
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from autotimm.data.annotations import Annotations, read_coco
-from autotimm.data.readers import load_image
+from autotimm.data.annotations import Annotations, BoxDataset, read_coco
 
 WORKERS, HEIGHT, WIDTH, SHAPES = 4, 480, 640, 4000
 
@@ -89,6 +88,7 @@ class Items(Dataset):
     "What a worker does with an image: its number, its USS in MB now and then, and the objects it saw."
     def __init__(self, annotations: Annotations, every: int, reads: str) -> None:
         self.annotations, self.every, self.reads = annotations, every, reads
+        self.photos = BoxDataset(annotations, None, masks=True, split="val")
 
     def __len__(self) -> int: return len(self.annotations)
 
@@ -97,10 +97,8 @@ class Items(Dataset):
         if self.reads != "nothing":
             sample, now = self.annotations[i], i % self.every == 0
             objects = len(sample.target["labels"])
-            # Both are held at once, as a transform has them.
-            masks = self.annotations.masks(i) if now and self.reads != "boxes" else None
-            photo = load_image(sample.image) if now and self.reads == "boxes, masks and photos" else None
-            del masks, photo
+            if now and self.reads == "boxes and masks": self.annotations.masks(i)
+            if now and self.reads == "boxes, masks and photos": self.photos.decoded(i)
         return get_worker_info().id, megabytes("Private") if i % 100 == 0 else 0.0, objects
 
 

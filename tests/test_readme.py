@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import autotimm
-from autotimm.testing import LocalHub, write_folders
+from autotimm.testing import LocalHub, write_coco, write_folders
 
 sys.path.insert(0, str(Path(__file__).parent))
 from readme import ROOT, render  # noqa: E402
@@ -25,7 +25,7 @@ def test_the_two_commands_stand_there():
 
 def test_pictures_stand_in_the_repository():
     pictures = re.findall(r"/main/(nbs/images/[\w.]+)\)", README)
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for picture in pictures: assert (ROOT / picture).stat().st_size > 1000
 
 
@@ -35,6 +35,7 @@ def test_every_example_runs(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     write_folders(tmp_path / "photos", splits={"train": 16, "val": 8}, num_classes=2, image_size=48)
+    write_coco(tmp_path / "cells", splits={"train2017": 16, "val2017": 8}, image_size=64)
     init = autotimm.AutoTrainer.__init__
 
     def limited(self, *args, **kwargs):
@@ -45,7 +46,7 @@ def test_every_example_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(autotimm.TunerConfig, "__init__",
                         lambda self, *a, **kw: tuner(self, *a, **{**kw, "lr_find_kwargs": {"num_training": 8}}))
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     space: dict = {}
     with LocalHub() as hub:
         hub.add_timm("timm/resnet50.a1_in1k", "test_resnet", num_classes=1000)
@@ -58,4 +59,7 @@ def test_every_example_runs(tmp_path, monkeypatch):
                 assert space["model"].class_names == space["data"].class_names
             if number == 2: assert space["best"].class_names == space["data"].class_names
             if number == 3: assert isinstance(space["model"](torch.zeros(1, 3, 224, 224)), torch.Tensor)
+            if number == 4:
+                assert space["trainer"].logged_metrics["val/map"] >= 0
+                assert space["detector"].class_names == space["cells"].class_names
     assert space["trainer"].lightning_module is not None

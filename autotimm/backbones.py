@@ -715,6 +715,13 @@ class Backbone(_Base):
         "Rebuild a backbone with no network and no weights."
         return Backbone(_from_recipe(spec))
 
+def _overruns(module: nn.Module) -> bool:
+    """Whether torch's convolution of channels-last maps on a CPU writes past its memory there.
+
+    So it does with 1 by 1 kernels, a stride and fewer than 16 channels (torch 2.15), as FastViT's first layer has them."""
+    return (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
+            and module.in_channels // module.groups < 16)
+
 class FeatureBackbone(_Base):
     "A network that returns feature maps."
 
@@ -723,6 +730,7 @@ class FeatureBackbone(_Base):
         built: _Built,              # made by `create_feature_backbone`
     ) -> None:
         super().__init__(built)
+        self._channels_last = not any(map(_overruns, self.modules()))
         _, indices = self._find_levels()
         self._library.prune(self.model, indices)
         maps = _try(self.model, self.forward, self._size(), self.name)
@@ -739,7 +747,7 @@ class FeatureBackbone(_Base):
         "Feature maps from fine to coarse."
         # A third less time on a CPU for convolutions, and for a head of such after them. Not between processes, since there
         # gradients would have other strides than the weights, which DDP warns of.
-        if x.device.type == "cpu" and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if self._channels_last and x.device.type == "cpu" and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             x = x.contiguous(memory_format=torch.channels_last)
         return self.features(x)
 

@@ -636,8 +636,10 @@ def collate_objects(
     return batch
 
 # %% ../../nbs/14_data_datamodule.ipynb #6fc008e1
-def _count_epochs(trainer: Any) -> float:
-    "How many epochs a run has, infinity where no end is stated."
+def count_epochs(
+    trainer: Any,                   # a Lightning trainer; where steps are what ends it, their number an epoch is known once it fits
+) -> float:                         # infinity where no end is stated
+    "How many epochs a run has."
     ends = [float(trainer.max_epochs)] if (trainer.max_epochs or -1) > 0 else []
     steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
     if trainer.max_steps > 0 and 0 < steps < float("inf"): ends.append(-(-trainer.max_steps // steps))
@@ -765,7 +767,7 @@ class BoxDataModule(VisionDataModule):
 
     def _mixes(self) -> bool:
         "Whether training images are made of several in the epoch to come."
-        return self.trainer is None or self.trainer.current_epoch < _count_epochs(self.trainer) - self._asked("no_aug_epochs")
+        return self.trainer is None or self.trainer.current_epoch < count_epochs(self.trainer) - self._asked("no_aug_epochs")
 
     def training_size(
         self,

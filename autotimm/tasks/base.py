@@ -8,6 +8,7 @@ __all__ = ['plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'Tr
 
 # %% ../../nbs/17_tasks_base.ipynb #62a4a410
 import dataclasses
+import math
 import pickle
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ..backbones import FeatureBackbone, create_backbone, create_feature_backbone
 from ..core import TRUSTED_MODULES, inherit_signature, object_path, seed_everything, to_plain
+from ..data.datamodule import count_epochs
 from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapter, TransformConfig, apply_transform_config,
                                       dense_pipeline, get_transforms_from_backbone, to_uint8_image)
 from ..heads import Pyramid
@@ -269,14 +271,17 @@ def check_recipe(name: str, recipe: Any, kwargs: Any) -> None:
     if not isinstance(kwargs, (Mapping, type(None))): raise TypeError(f"{name}_kwargs must be a dict, got {kwargs!r}.")
 
 def training_length(trainer: pl.Trainer) -> dict[str, Any]:
-    "Steps and epochs that a trainer is going to run."
-    steps = trainer.estimated_stepping_batches
-    if steps == float("inf"):
-        raise ValueError("The schedule needs to know how long training lasts: give max_epochs or max_steps, or scheduler=None.")
-    per_epoch = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches) \
-        if trainer.num_training_batches != float("inf") else max(1, int(steps))
-    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else -(-int(steps) // per_epoch)
-    return dict(total_steps=max(1, int(steps)), steps_per_epoch=per_epoch, max_epochs=int(epochs))
+    "Steps and epochs that a trainer is going to run; infinity and None where no end is known."
+    # Lightning does not look at the data of a run that steps end.
+    if trainer.train_dataloader is None: trainer.fit_loop.setup_data()
+    steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, count_epochs(trainer)
+    # Of data without a length it says -1 steps.
+    total = max(1.0, steps) if steps >= 0 else math.inf
+    per_epoch = -(-batches // trainer.accumulate_grad_batches) if math.isfinite(batches) else total
+    return dict(total_steps=total, steps_per_epoch=max(1, int(per_epoch)) if math.isfinite(per_epoch) else 1,
+                max_epochs=int(epochs) if math.isfinite(epochs) else None)
+
+
 
 # %% ../../nbs/17_tasks_base.ipynb #1974a076
 def log_figure(

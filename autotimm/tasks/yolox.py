@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import inherit_signature, lookup
+from ..data.datamodule import count_epochs
 from ..heads import Pyramid
 from ..losses import YOLOXLoss
 from .detection import DetectionTask, Outputs, YOLOXPredictor
@@ -33,7 +34,7 @@ class DarknetBackbone(nn.Module):
     ):
         super().__init__()
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(size) != 2 or any(o < 32 or o % 32 for o in size): raise ValueError(f"image_size of YOLOX must be multiples of 32, got {image_size!r}.")
+        if len(size) != 2 or any(not isinstance(o, int) or o < 32 or o % 32 for o in size): raise ValueError(f"image_size of YOLOX must be multiples of 32, got {image_size!r}.")
         self.model, self.name = model, name
         self.data_config: dict[str, Any] = dict(input_size=(in_chans, *size), mean=(0.0,) * in_chans, std=(1.0,) * in_chans,
                                                 interpolation="bilinear", crop_pct=1.0, crop_mode="center", fill=(114 / 255,) * in_chans)
@@ -136,16 +137,22 @@ class YOLOXDetector(DetectionTask):
     @property
     def sample_mixing(self) -> dict[str, Any]:
         "What the data module should mix: the smallest two networks are too small to learn from mixed images."
-        small = self.hparams["model_name"] in ("yolox-nano", "yolox-tiny")
+        lengths, planned, small = self.epochs(), self._planned(), self.hparams["model_name"] in ("yolox-nano", "yolox-tiny")
+        # A schedule may be made for more epochs than this run has, or for fewer: images are mixed until the schedule's end begins.
+        beyond = 0 if math.isinf(planned) else int(planned) - lengths["total_epochs"]
         return {"mosaic": 0.5 if self.hparams["model_name"] == "yolox-nano" else 1.0, "mixup": 0.0 if small else 1.0,
-                "no_aug_epochs": self.epochs()["no_aug_epochs"]}
+                "no_aug_epochs": max(0, lengths["no_aug_epochs"] + beyond)}
+
+    def _planned(self) -> float:
+        "Epochs of the trainer's run, infinity where there is none or it has no stated end."
+        return math.inf if self._trainer is None else count_epochs(self._trainer)
 
     def epochs(self) -> dict[str, Any]:
         "The lengths of warm-up, of the end without augmentation, and of it all, in epochs; as published, to scale."
-        hp, trainer = self.hparams, self._trainer
-        planned = (trainer.max_epochs or 0) if trainer is not None else 0
-        total: int = hp["total_epochs"] or (planned if planned > 0 else 300)
-        rest = math.ceil(total / 20) if hp["no_aug_epochs"] is None else hp["no_aug_epochs"]
+        hp, planned = self.hparams, self._planned()
+        total = hp["total_epochs"] or (300 if math.isinf(planned) else int(planned))
+        # A run of one epoch is not all end.
+        rest = math.ceil(total / 20) * (total > 1) if hp["no_aug_epochs"] is None else hp["no_aug_epochs"]
         return {"total_epochs": total, "no_aug_epochs": min(rest, total),
                 "warmup_epochs": total / 60 if hp["warmup_epochs"] is None else hp["warmup_epochs"]}
 

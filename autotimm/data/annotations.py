@@ -32,7 +32,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from ..core import atomic_path, lookup, near_matches, require
-from .readers import (IMAGE_SUFFIXES, SPLIT_FOLDERS, BadImageError, DenseDataset, Sample, image_root, label_text, list_images,
+from .readers import (IMAGE_SUFFIXES, SPLIT_FOLDERS, BadImageError, DenseDataset, Sample, image_root, label_text, latest_voc, list_images,
                                    pick_column, read_table, sort_labels)
 from .transforms import OBJECT_PARTS, DensePipeline, as_dense_sample, is_albumentations, mixup_samples, mosaic, take_objects, to_model_input
 
@@ -938,15 +938,18 @@ def _find_folder(root: Path, split: str, inside: str = "") -> Path | None:
     return next((root / o for o in names if (root / o / inside).is_dir()), None)
 
 # %% ../../nbs/13_data_annotations.ipynb #541eb7bc
-def _voc_members(root: Path, split: str | None) -> tuple[list[Path], Path]:
+def _voc_list(root: Path, split: str, masks: bool) -> Path | None:
+    "The list of a split; where masks are wanted, of the images that have some."
+    folder = root / "ImageSets" / ("Segmentation" if masks and (root / "ImageSets/Segmentation").is_dir() else "Main")
+    return next((o for k in (split, *SPLIT_FOLDERS.get(split, ())) if (o := folder / f"{k}.txt").is_file()), None)
+
+def _voc_members(root: Path, split: str | None, masks: bool) -> tuple[list[Path], Path]:
     "The XML files of a split, and the folder of the images."
     folder = root / "Annotations"
     images = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root
     if split is None: found = sorted((folder if folder.is_dir() else root).glob("*.xml"))
     else:
-        names = (split, *SPLIT_FOLDERS.get(split, ()))
-        members = next((o for k in names if (o := root / "ImageSets" / "Main" / f"{k}.txt").is_file()), None)
-        if members is not None:
+        if (members := _voc_list(root, split, masks)) is not None:
             lines = members.read_text().splitlines()
             found = [folder / f"{o.split()[0]}.xml" for o in lines if o.strip()]
         else:
@@ -990,7 +993,7 @@ def _read_xml(path: Path, images: Path, rows: _Rows, first_pixel: int, difficult
 
 def read_voc(
     folder: str | os.PathLike[str],                           # holds Annotations and JPEGImages, or XML files beside images
-    split: str | None = None,                                 # 'train', 'val', ...: ImageSets/Main/train.txt, or a folder; None: all
+    split: str | None = None,                                 # 'train', 'val', ...: ImageSets/Main/train.txt (Segmentation/ with masks=True), or a folder; None: all
     on_problem: str = "raise",                                # 'raise', 'skip' or 'report'
     classes: "Annotations | Sequence[str] | None" = None,     # the training data's annotations or class names; None: the names found, sorted
     masks: bool | None = None,                                # True: each object must have one; False: leave them out; None: as they come
@@ -1000,7 +1003,7 @@ def read_voc(
     "The annotations of Pascal VOC's XML files. Raises `AnnotationError` with all problems."
     lookup({o: o for o in ON_PROBLEM}, on_problem, "on_problem")
     lookup({o: o for o in ("keep", "crowd", "drop")}, difficult, "difficult")
-    found, images = _voc_members(Path(folder), split)
+    found, images = _voc_members(Path(folder), split, masks is True)
     rows = _Rows(repr(str(folder)), folder)
     for path in found: _read_xml(path, images, rows, first_pixel, difficult)
     names, ids = _named(classes, (o for o in rows.labels if o))
@@ -1014,7 +1017,7 @@ def _yolo_config(source: Path, classes: "Annotations | Sequence[str] | None") ->
     folder = source.parent if source.is_file() else source
     if file is None:
         listed = folder / "classes.txt"
-        if not listed.is_file() and classes is None: raise ValueError(f"The classes of {str(folder)!r} have no names: expected data.yaml or classes.txt in it, or classes=.")
+        if not listed.is_file() and classes is None: raise ValueError(f"The classes of {str(folder)!r} have no names: expected data.yaml or classes.txt in it, or classes= (class_names= of a data module).")
         names: Any = [o for o in listed.read_text().splitlines() if o.strip()] if listed.is_file() else list(classes.class_names if isinstance(classes, Annotations) else classes or ())
         return folder, {}, {str(o): k for k, o in enumerate(names)}
     yaml = require("yaml", why="Reading a YOLO data.yaml")
@@ -1225,13 +1228,13 @@ def _find_coco(root: Path, masks: bool, options: Mapping[str, Any]) -> dict[str,
 
 def _find_voc(root: Path, masks: bool, options: Mapping[str, Any]) -> dict[str, Callable[..., "Annotations"]]:
     "A reader for each split; all is the training split where there are no lists."
-    if (root / "VOCdevkit").is_dir(): root = max((root / "VOCdevkit").glob("VOC20*"), default=root)
-    lists = [k for k, names in SPLIT_FOLDERS.items() if any((root / "ImageSets" / "Main" / f"{o}.txt").is_file() for o in names)]
+    root = latest_voc(root)
+    lists = {k: o for k in SPLIT_FOLDERS if (o := _voc_list(root, k, masks)) is not None}
     folders = [k for k in SPLIT_FOLDERS if (o := _find_folder(root, k)) is not None and any(o.rglob("*.xml"))]
     if not lists and not folders and any((root / "Annotations").glob("*.xml")): return {"train": partial(read_voc, root, None)}
     # The test list of this set names images that come without annotations.
-    listed = [k for k in lists if k != "test" or all((root / "Annotations" / f"{o.split()[0]}.xml").is_file()
-                                                     for o in (root / "ImageSets/Main/test.txt").read_text().splitlines() if o.strip())]
+    listed = [k for k, file in lists.items() if k != "test" or all((root / "Annotations" / f"{o.split()[0]}.xml").is_file()
+                                                                   for o in file.read_text().splitlines() if o.strip())]
     return {k: partial(read_voc, root, k) for k in SPLIT_FOLDERS if k in listed or k in folders}
 
 def _find_yolo(root: Path, masks: bool, options: Mapping[str, Any]) -> dict[str, Callable[..., "Annotations"]]:

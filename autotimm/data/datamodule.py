@@ -560,9 +560,9 @@ class SegmentationDataModule(VisionDataModule):
             read: dict[str, Any] = {k: read_mask_csv(t, root, self.image_column, self.mask_column)
                                     for k, t in tables.items() if t is not None}
             splits = Splits(**read)
-        # A mapping of one's own makes classes of one's own, which the names of the set do not name.
+        # A mapping of one's own makes classes of one's own, which the names of the set do not name; without 0 the first name goes.
         renamed = self.codes.class_mapping not in (None, CITYSCAPES_IDS)
-        names = self.given_names or (None if renamed else splits.class_names)
+        names = self.given_names or (None if renamed else (splits.class_names or [])[self.codes.reduce_zero_label:])
         if isinstance(names, str): raise TypeError(f"class_names must be a list of names, got {names!r}.")
         return replace(splits, class_names=list(names or map(str, range(self._count_classes(splits.train)))))
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['READ_MODES', 'IMAGE_SUFFIXES', 'SPLIT_FOLDERS', 'SEPARATORS', 'BUILTIN_DATASETS', 'BUILTIN_FOLDERS', 'ON_BAD_IMAGE',
-           'CITYSCAPES_IDS', 'CITYSCAPES_CLASSES', 'VOC_CLASSES', 'MASK_FORMATS', 'BadImageError', 'decode_image',
-           'load_image', 'Sample', 'Splits', 'sort_labels', 'encode_labels', 'split_indices', 'list_images',
-           'find_split_folders', 'read_folders', 'read_table', 'pick_column', 'label_text', 'image_root',
+           'CITYSCAPES_IDS', 'CITYSCAPES_CLASSES', 'VOC_CLASSES', 'COCO_STUFF_CLASSES', 'MASK_FORMATS', 'BadImageError',
+           'decode_image', 'load_image', 'Sample', 'Splits', 'sort_labels', 'encode_labels', 'split_indices',
+           'list_images', 'find_split_folders', 'read_folders', 'read_table', 'pick_column', 'label_text', 'image_root',
            'read_csv_split', 'read_multilabel_split', 'find_builtin', 'builtin_dataset', 'read_builtin',
            'load_hf_dataset', 'read_hf_dataset', 'BadImage', 'BadImageLog', 'SampleDataset', 'CSVImageDataset',
-           'MultiLabelImageDataset', 'MaskCodes', 'load_mask', 'DenseDataset', 'MaskDataset', 'read_masks',
-           'read_mask_csv']
+           'MultiLabelImageDataset', 'MaskCodes', 'load_mask', 'DenseDataset', 'MaskDataset', 'latest_voc',
+           'read_masks', 'read_mask_csv']
 
 # %% ../../nbs/12_data_readers.ipynb #e43755cf
 import csv
@@ -702,6 +702,7 @@ def load_mask(
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+    except UnidentifiedImageError as e: raise BadImageError(f"its mask {str(path)!r} is no image") from e
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise BadImageError(f"its mask {str(path)!r} is broken ({e})") from e
     if image.mode not in ("L", "P", "1", "I", "I;16"):
@@ -768,7 +769,10 @@ class MaskDataset(DenseDataset):
     def read(self, index: int) -> dict[str, Any]:
         "The item as the model takes it. Raises `BadImageError`."
         image, target = self.load(index), self.samples[index].target
-        try: mask = load_mask(target, self.codes)
+        try:
+            mask = load_mask(target, self.codes)
+            if mask.shape != image.shape[-2:]:
+                raise BadImageError(f"its mask {str(target)!r} has {mask.shape[0]} x {mask.shape[1]} pixels (height x width), the image {image.shape[-2]} x {image.shape[-1]}")
         except BadImageError as e: raise BadImageError(f"{self.samples[index].name}: {e}") from e
         try: moved = self._move(image, mask)
         except ValueError as e: raise ValueError(f"{self.samples[index].name!r} and its mask {str(target)!r}: {e}") from e
@@ -790,6 +794,21 @@ CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "
                       "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
 VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
                "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+COCO_STUFF_CLASSES = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, street sign, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, hat, backpack, umbrella, shoe, eye
+glasses, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+surfboard, tennis racket, bottle, plate, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli,
+carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, mirror, dining table, window, desk, toilet, door, tv,
+laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase,
+scissors, teddy bear, hair drier, toothbrush, hair brush, banner, blanket, branch, bridge, building-other, bush, cabinet,
+cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt,
+door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit,
+furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud,
+napkin, net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, road, rock,
+roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
+tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile,
+wall-wood, water-other, waterdrops, window-blind, window-other, wood""".strip().replace(",\n", ", ").split(", ")
 
 def _pairs(images: Iterable[Path], find: Callable[[Path], Path | None], split: str, where: str) -> list[Sample]:
     "Samples of images with their masks. Raises `ValueError` that names images without one."
@@ -838,10 +857,15 @@ def _read_cityscapes(root: Path) -> Splits:
     if not splits.train: raise ValueError(f"{str(root)!r} has no leftImg8bit/train with images.")
     return splits
 
+def latest_voc(
+    folder: Path,           # a year of Pascal VOC, a VOCdevkit, or the folder that holds one
+) -> Path:                  # the folder of the latest year, or the same one
+    "Where the lists, images and annotations of Pascal VOC are."
+    return max((o for pattern in ("VOCdevkit/VOC20*", "VOC20*") for o in folder.glob(pattern) if o.is_dir()), key=lambda o: o.name, default=folder)
+
 def _read_voc_masks(root: Path) -> Splits:
     "JPEGImages, SegmentationClass, and the lists in ImageSets/Segmentation."
-    if (root / "VOCdevkit").is_dir(): root = max((root / "VOCdevkit").glob("VOC20*"), default=root)
-    splits = Splits(class_names=VOC_CLASSES)
+    root, splits = latest_voc(root), Splits(class_names=VOC_CLASSES)
     for split in SPLIT_FOLDERS:
         listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not listed.exists(): continue
@@ -854,7 +878,7 @@ def _read_voc_masks(root: Path) -> Splits:
 
 def _read_coco_stuff(root: Path) -> Splits:
     "train2017 and stuffthingmaps/train2017 (or annotations/train2017): PNG masks of the ids 0 to 181."
-    splits = Splits()
+    splits = Splits(class_names=COCO_STUFF_CLASSES)
     for split in SPLIT_FOLDERS:
         images = next((o for base in (root / "images", root) for o in sorted(base.glob(f"{split}20*")) if o.is_dir()), None)
         if images is None: continue

@@ -1028,7 +1028,8 @@ def _yolo_config(source: Path, classes: "Annotations | Sequence[str] | None") ->
     numbered = names if isinstance(names, dict) else dict(enumerate(names))
     if not all(type(k) is int for k in numbered) or len(set(map(str, numbered.values()))) < len(numbered): raise AnnotationError(f"{file}: the keys of 'names' must be numbers and its values differ, got {names!r}.")
     stated = config.get("path")
-    root = folder if not stated else next((o for o in (folder / stated, Path(stated)) if o.is_dir()), folder)
+    # Published files say '../datasets/name' and lie beside the folder, or in it.
+    root = folder if not stated else next((o for o in (folder / stated, Path(stated), folder / Path(stated).name) if o.is_dir()), folder)
     return root, config, {str(numbered[k]): k for k in sorted(numbered)}
 
 def _yolo_images(root: Path, config: Mapping[str, Any], split: str) -> list[Path]:

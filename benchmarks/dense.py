@@ -55,7 +55,7 @@ class Plan:
 PLANS = {
     "segmentation": Plan("camvid", (192, 256), 8, 200, 1e-3, 20, False),
     "detection": Plan("bccd", (192, 256), 4, 300, 1e-3, 30, True),
-    "shapes": Plan("made-up shapes", (128, 128), 2, 120, 1e-3, 20, True),
+    "shapes": Plan("made-up shapes", (128, 128), 4, 100, 5e-4, 20, True),
     # 128 photos of 80 classes: it shows that all of it works on photos, and how fast, not how well it learns.
     "instance": Plan("coco128", (256, 256), 2, 40, 1e-3, 10, True),
 }

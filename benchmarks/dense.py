@@ -1,7 +1,7 @@
 """Do the dense tasks learn as well and as fast as torchvision's own models on the same backbone?
 
-Masks of streets, boxes of blood cells, outlines of made-up shapes and of objects, each learnt by both sides with the same MobileNetV2,
-batches, optimiser, schedule, number of steps and evaluator. The sides take turns, one step each on the same batch.
+Masks of streets, boxes of blood cells and outlines of objects, each learnt by both sides with the same MobileNetV2, batches,
+optimiser, schedule, number of steps and evaluator. The sides take turns, one step each on the same batch.
 `python benchmarks/dense.py [--task segmentation] [--data DIR]`, where DIR holds `camvid`, `bccd`, `coco128` and
 `weights/mobilenetv2_100`; it is not part of this repository.
 """
@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from autotimm import AutoTrainer, FeatureBackboneConfig, seed_everything
 from autotimm.boxes import LetterBox, scale_boxes
 from autotimm.optim import create_optimizer, create_scheduler, parameter_groups
 from autotimm.tasks.base import hold_norm
-from autotimm.testing import write_coco
 
 WARM = 10       # steps before the clock counts
 
@@ -55,11 +53,9 @@ class Plan:
 PLANS = {
     "segmentation": Plan("camvid", (192, 256), 8, 200, 1e-3, 20, False),
     "detection": Plan("bccd", (192, 256), 4, 300, 1e-3, 30, True),
-    "shapes": Plan("made-up shapes", (128, 128), 4, 100, 5e-4, 20, True),
     # 128 photos of 80 classes: it shows that all of it works on photos, and how fast, not how well it learns.
     "instance": Plan("coco128", (256, 256), 2, 40, 1e-3, 10, True),
 }
-MASKS = ("shapes", "instance")
 
 
 # Torchvision's side
@@ -143,20 +139,11 @@ def unpad(masks: Tensor, box: LetterBox) -> Tensor:
 
 # Our side, and what both need
 
-@cache
-def shapes(size: int) -> tempfile.TemporaryDirectory[str]:
-    "A folder of made-up shapes, which goes with the process."
-    folder = tempfile.TemporaryDirectory()
-    write_coco(folder.name, {"train2017": 256, "val2017": 64}, image_size=size)
-    return folder
-
-
 def data_module(task: str, plan: Plan, data: Path, weights: str) -> Any:
     "The batches of both sides."
     options: dict[str, Any] = dict(image_size=plan.size, batch_size=plan.batch, num_workers=0, backbone=weights)
     if task == "segmentation": return autotimm.SegmentationDataModule(data / plan.folder, class_names=[str(i) for i in range(11)], **options)
     kind = autotimm.DetectionDataModule if task == "detection" else autotimm.InstanceSegmentationDataModule
-    if task == "shapes": return kind(shapes(plan.size[0]).name, **options)
     if task == "instance": files: dict[str, Any] = dict.fromkeys(("train", "val"), ("images/train2017", "annotations/instances_train2017.json"))
     else: files = {o: (f"images/{o}", f"annotations/{o}.json") for o in ("train", "val")}
     for split, (images, annotations) in files.items():
@@ -166,7 +153,7 @@ def data_module(task: str, plan: Plan, data: Path, weights: str) -> Any:
 
 def our_model(task: str, plan: Plan, weights: str, num_classes: int) -> Any:
     "The task as a user makes it."
-    kind = "InstanceSegmentor" if task in MASKS else {"segmentation": "SemanticSegmentor", "detection": "ObjectDetector"}[task]
+    kind = {"segmentation": "SemanticSegmentor", "detection": "ObjectDetector", "instance": "InstanceSegmentor"}[task]
     return getattr(autotimm, kind)(FeatureBackboneConfig(weights), num_classes, lr=plan.lr, freeze_norm=plan.freeze_norm,
                                    scheduler_kwargs={"warmup_steps": plan.warmup})
 
@@ -186,7 +173,7 @@ def evaluate(task: str, predict: Callable[[Any], Any], loader: Any, num_classes:
         miou = MulticlassJaccardIndex(num_classes, ignore_index=255)
         for batch in loader: miou.update(predict(batch), batch["mask"])
         return {"mIoU": float(miou.compute())}
-    kinds = ("bbox", "segm") if task in MASKS else "bbox"
+    kinds = ("bbox", "segm") if task == "instance" else "bbox"
     average = MeanAveragePrecision(iou_type=kinds, backend=backend())
     for batch in loader: average.update(predict(batch), targets_of(batch))
     found = average.compute()
@@ -252,7 +239,7 @@ def run(task: str, plan: Plan, data: Path, seed: int) -> tuple[dict[str, dict[st
     photos = data_module(task, plan, data, weights)
     photos.setup()
     ours = our_model(task, plan, weights, photos.num_classes)
-    theirs: Any = DeepLab(weights, photos.num_classes) if task == "segmentation" else Detector(weights, photos.num_classes, task in MASKS)
+    theirs: Any = DeepLab(weights, photos.num_classes) if task == "segmentation" else Detector(weights, photos.num_classes, task == "instance")
     turns = Turns(photos.train_dataloader(), plan.steps, by_hand(theirs, plan))
     with tempfile.TemporaryDirectory() as folder:
         trainer = AutoTrainer(max_epochs=1, default_root_dir=folder, logger=False, enable_checkpointing=False, accelerator="cpu",
@@ -287,7 +274,7 @@ def loss_share(task: str, plan: Plan, data: Path, steps: int = 20) -> float:
         for x in tensors(outputs): x.register_hook(lambda _: left.pop()() if left else None)
 
     (model.head if task == "segmentation" else model.predictor.head).register_forward_hook(watch)
-    if task in MASKS:
+    if task == "instance":
         # Between assignment and the loss of the masks, and once more between the gradients of both, the masks' head has its turn.
         cut = model.mask_logits
         model.mask_logits = lambda *args: (mark(), cut(*args))[1]
@@ -296,7 +283,7 @@ def loss_share(task: str, plan: Plan, data: Path, steps: int = 20) -> float:
     AutoTrainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False,
                 enable_model_summary=False).fit(model, train_dataloaders=turns)
     spans = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
-    times, parts = turns.times["ours"], 3 if task in MASKS else 1
+    times, parts = turns.times["ours"], 3 if task == "instance" else 1
     assert len(spans) == parts * steps, "a mark was missed"
     return statistics.median(sum(spans[parts * i:parts * (i + 1)]) / total for i, total in enumerate(times[5:], 5))
 
@@ -327,7 +314,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="only the share of a step that target assignment and loss take")
     args = parser.parse_args()
     tasks = args.task or list(PLANS)
-    for o in [*(PLANS[task].folder for task in tasks if task != "shapes"), "weights/mobilenetv2_100"]:
+    for o in [*(PLANS[task].folder for task in tasks), "weights/mobilenetv2_100"]:
         if not (args.data / o).is_dir():
             print(f"Nothing at {args.data / o}: give the folder that holds it with --data.")
             sys.exit(0)

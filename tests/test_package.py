@@ -122,7 +122,7 @@ def test_the_wheel_holds_every_module(tmp_path):
 
 
 @pytest.mark.parametrize("extra", ["transformers", "datasets", "tensorboard", "wandb", "mlflow", "detection",
-                                   "albumentations", "onnx", "demo", "dev", "all"])
+                                   "albumentations", "onnx", "pandas", "cli", "serve", "demo", "dev", "all"])
 def test_extras_are_declared(extra):
     from importlib.metadata import metadata
     assert extra in metadata("autotimm").get_all("Provides-Extra")

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['Result', 'ClassificationResult', 'DetectionResult', 'SegmentationResult', 'coco_dataset', 'Results']
 
-# %% ../nbs/15_results.ipynb #f91bb530
+# %% ../nbs/15_results.ipynb #72a1d2bf
 import csv
 import dataclasses
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .core import atomic_path, require
@@ -24,7 +23,7 @@ from .data.annotations import rle_encode
 from .data.readers import load_image
 from .viz import Table, show_boxes, show_images, show_masks
 
-# %% ../nbs/15_results.ipynb #b9a0c2df
+# %% ../nbs/15_results.ipynb #813e6a9d
 @dataclass(eq=False, kw_only=True)
 class Result(Mapping[str, Any]):
     "What a model says of one image; a mapping of its tensors."
@@ -32,7 +31,7 @@ class Result(Mapping[str, Any]):
     size: tuple[int, int] | None = None         # height and width of the original image, pixels
     class_names: Sequence[str] | None = None    # names by class id; None: the ids themselves
     image: Any = field(default=None, repr=False)  # where the image is, for pictures
-    parts = ()                                  # names of its tensors
+    parts: ClassVar[tuple[str, ...]] = ()       # names of its tensors
 
     def _there(self) -> list[str]: return [o for o in self.parts if getattr(self, o) is not None]
     def __getitem__(self, key: str) -> Any:
@@ -57,6 +56,10 @@ class Result(Mapping[str, Any]):
 
     def _said(self) -> dict[str, Any]: raise NotImplementedError(f"{type(self).__name__} must define _said().")
 
+    def regions(self) -> list[dict[str, Any]]:
+        "What COCO says of each region of the image. Raises `TypeError` for results that have none."
+        raise TypeError(f"{type(self).__name__} has no boxes or masks, so there is no COCO form of it. Use to_json() or to_csv().")
+
     def picture(self) -> Tensor:
         "The original image, (C, H, W) uint8. Raises `ValueError` if it was not kept."
         if self.image is None: raise ValueError(f"The image of {self.name or 'this result'} was not kept: only its tensor was given. Predict from files, "
@@ -72,7 +75,7 @@ class Result(Mapping[str, Any]):
         "Several images with what was found in each."
         raise NotImplementedError(f"{cls.__name__} must define draw(results).")
 
-# %% ../nbs/15_results.ipynb #e53a29e3
+# %% ../nbs/15_results.ipynb #8b4254bf
 @dataclass(eq=False)
 class ClassificationResult(Result):
     "Classes and their probabilities."
@@ -129,7 +132,7 @@ class ClassificationResult(Result):
         titles = [", ".join(o.labels) or "none" if o.multi_label else f"{o.label} {o.score:.0%}" for o in results]
         return show_images([o.picture() for o in results], titles, **look)
 
-# %% ../nbs/15_results.ipynb #eb1a38d1
+# %% ../nbs/15_results.ipynb #9e7d0697
 @dataclass(eq=False)
 class DetectionResult(Result):
     "Boxes with classes, scores and, from an instance segmentor, masks."
@@ -180,7 +183,7 @@ class DetectionResult(Result):
         masks = [o.masks for o in sure] if sure[0].masks is not None else None
         return show_boxes([o.picture() for o in sure], [o.boxes for o in sure], [o.labels for o in sure], names, [o.scores for o in sure], masks, **look)
 
-# %% ../nbs/15_results.ipynb #202b0c34
+# %% ../nbs/15_results.ipynb #1f7dc347
 @dataclass(eq=False)
 class SegmentationResult(Result):
     "The class of every pixel."
@@ -218,7 +221,7 @@ class SegmentationResult(Result):
         "Images under their masks."
         return show_masks([o.picture() for o in results], [o.mask for o in results], results[0].class_names, **look)
 
-# %% ../nbs/15_results.ipynb #2e38a8fb
+# %% ../nbs/15_results.ipynb #bfa1ca22
 def _ids_of(like: Any) -> tuple[dict[str, int], dict[str, int]]:
     "Ids of images by file name, and of categories by name, in a COCO file."
     known = json.loads(Path(like).read_text(encoding="utf-8")) if isinstance(like, (str, os.PathLike)) else like
@@ -236,11 +239,10 @@ def coco_dataset(
     like: Any = None,                                   # COCO file (or its dict) whose ids are taken; None: 1, 2, ...
 ) -> dict[str, Any]:                                    # images, categories and annotations
     "What was found as a COCO data set. Raises `TypeError` for results that have no regions."
-    lacking = [type(o).__name__ for o in results if not hasattr(o, "regions")]
-    if lacking: raise TypeError(f"{lacking[0]} has no boxes or masks, so there is no COCO form of it. Use to_json() or to_csv().")
+    known = [o.regions() for o in results]
     ids, categories = _ids_of(like) if like is not None else ({}, {})
     names = list(next((o.class_names for o in results if o.class_names is not None), []))
-    names = names or [str(i) for i in range(1 + max((r["category_id"] for o in results for r in o.regions()), default=-1))]
+    names = names or [str(i) for i in range(1 + max((r["category_id"] for o in known for r in o), default=-1))]
     numbers = [_id(categories, n, "Class") if like is not None else i + 1 for i, n in enumerate(map(str, names))]
     found: dict[str, Any] = {"images": [], "categories": [dict(id=i, name=n) for i, n in zip(numbers, names)], "annotations": []}
     for i, o in enumerate(results):
@@ -248,12 +250,12 @@ def coco_dataset(
         image_id = _id(ids, name, "Image") if like is not None else i + 1
         height, width = o.size or (None, None)
         found["images"].append(dict(id=image_id, file_name=name, height=height, width=width))
-        for region in o.regions():
+        for region in known[i]:
             found["annotations"].append({"score": 1.0, **region, "id": len(found["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
                                          "category_id": numbers[region["category_id"]]})
     return found
 
-# %% ../nbs/15_results.ipynb #c6465479
+# %% ../nbs/15_results.ipynb #3b09cbeb
 class Results(Sequence[Any]):
     "The results of several images, in their order, and the images that could not be read."
     def __init__(

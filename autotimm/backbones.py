@@ -707,6 +707,20 @@ class Backbone(_Base):
         "Pooled features."
         return self._library.pooled(self.model, x)
 
+    def with_classifier(
+        self,
+        num_classes: int,           # from 1
+    ) -> tuple[Any, list[str]]:     # timm's model on the meta device, and the paths of its classifiers: two where it has two heads
+        "The timm model that has this architecture and its own classifier. Raises `ValueError` for another library's."
+        return _with_classifier(self, num_classes)
+
+    def make_classifier(
+        self,
+        num_classes: int,           # from 1
+    ) -> nn.Module | None:          # takes (B, num_features); a Conv2d takes (B, num_features, 1, 1)
+        "The classifier that timm puts on this architecture, with fresh weights; None if it is a linear layer, or not timm's."
+        return _make_classifier(self, num_classes) if self.library == "timm" else None
+
     @classmethod
     def from_spec(
         cls,
@@ -1233,6 +1247,47 @@ def create_feature_backbone(
     if isinstance(cfg, FeatureBackbone): return cfg
     if isinstance(cfg, Mapping): return FeatureBackbone.from_spec(cfg)
     return FeatureBackbone(_build(cfg, overrides, FeatureBackboneConfig))
+
+# %% ../nbs/02_backbones.ipynb #b815456c
+def _common_path(names: Sequence[str]) -> str:
+    "The longest path of modules that all these names of weights share."
+    parts = [o.split(".")[:-1] for o in names]
+    shared = [o[0] for o in zip(*parts) if len(set(o)) == 1]
+    return ".".join(shared)
+
+def _classifier_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
+    "Paths of the classifiers that these weights belong to."
+    path = _common_path(names)
+    module = model.get_submodule(path)
+    if path and not isinstance(module, nn.ModuleList): return [path]
+    depth = len(path.split(".")) if path else 0
+    groups: dict[str, list[str]] = {}
+    for o in names: groups.setdefault(".".join(o.split(".")[:depth + 1]), []).append(o)
+    return [p for o in groups.values() for p in _classifier_paths(model, o)]
+
+def _with_classifier(backbone: _Base, num_classes: int) -> tuple[Any, list[str]]:
+    "timm's model on the meta device, and the paths of its classifiers."
+    if backbone.library != "timm":
+        raise ValueError(f"Backbone {backbone.name!r} is of {backbone.library!r}; only timm builds its models with a classifier.")
+    recipe = backbone._recipe
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["args"].items()}
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model, _ = _create_timm(recipe["architecture"], {**args, "num_classes": num_classes}, pretrained_cfg=dict(recipe["pretrained_cfg"]))
+    own = backbone.model.state_dict()
+    return model, _classifier_paths(model, [k for k in model.state_dict() if k not in own])
+
+def _make_classifier(backbone: Backbone, num_classes: int) -> nn.Module | None:
+    "timm's classifier with fresh weights; None where a linear layer does the same."
+    model, paths = _with_classifier(backbone, num_classes)
+    module = model.get_submodule(paths[0])
+    first = next((o for o in module.modules() if isinstance(o, (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.LayerNorm))), None)
+    width = first and next(getattr(first, k) for k in ("in_features", "in_channels", "num_features", "normalized_shape") if hasattr(first, k))
+    plain = isinstance(module, nn.Linear) and module.bias is not None
+    if plain or width not in (backbone.num_features, (backbone.num_features,)): return None
+    module = module.to_empty(device="cpu")
+    for o in module.modules():
+        if hasattr(o, "reset_parameters"): o.reset_parameters()
+    return module
 
 # %% ../nbs/02_backbones.ipynb #102f5b5f
 def get_feature_info(

@@ -21,12 +21,13 @@ from .core import lookup
 
 # %% ../nbs/05_heads.ipynb #dbc8b5b7
 class ClassificationHead(nn.Module):
-    "Dropout and one linear layer: pooled features in, logits out."
+    "Dropout and one linear layer, or a classifier given in its place: pooled features in, logits out."
     def __init__(
         self,
         in_features: int,           # F, width of the pooled features
         num_classes: int,           # C
         dropout: float = 0.0,       # share of the features dropped in training, 0 to below 1
+        fc: nn.Module | None = None,  # takes (B, F), or (B, F, 1, 1) if a Conv2d; None: a linear layer
     ):
         super().__init__()
         for name, value in (("in_features", in_features), ("num_classes", num_classes)):
@@ -34,13 +35,14 @@ class ClassificationHead(nn.Module):
                 raise ValueError(f"{name} must be a positive int, got {value!r}.")
         if not 0 <= dropout < 1: raise ValueError(f"dropout must be from 0 to below 1, got {dropout!r}.")
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.fc = nn.Linear(in_features, num_classes)
+        self.fc = nn.Linear(in_features, num_classes) if fc is None else fc
 
     def forward(
         self,
         x: Tensor,                  # (B, F)
     ) -> Tensor:                    # (B, C) logits
-        return self.fc(self.drop(x))
+        x = self.drop(x)
+        return self.fc(x[:, :, None, None]).flatten(1) if isinstance(self.fc, nn.Conv2d) else self.fc(x)
 
 # %% ../nbs/05_heads.ipynb #56f5d6e3
 class ConvNormAct(nn.Sequential):

@@ -71,7 +71,7 @@ class ImageClassifier(VisionTask):
         if multi_label and self.logging_config.log_confusion_matrix:
             raise ValueError("log_confusion_matrix needs classes that exclude each other; multi_label=True has none.")
         self.multi_label, self.threshold, self.loss_fn = multi_label, threshold, loss
-        self.head = ClassificationHead(self.backbone.num_features, num_classes, head_dropout)
+        self.head = ClassificationHead(self.backbone.num_features, num_classes, head_dropout, self.backbone.make_classifier(num_classes))
         task = "multilabel" if multi_label else "multiclass"
         self.metrics = self.make_metrics(default_metrics(task), task, threshold)
         self.mixup = Mixup(mixup_alpha, cutmix_alpha, label_smoothing=0.0) if max(mixup_alpha, cutmix_alpha) > 0 else None

@@ -280,12 +280,12 @@ def _shards(path: Path) -> list[str]:
     if not path.name.endswith(".index.json"): return []
     return sorted(set(_read_json(path).get("weight_map", {}).values()))
 
-def _fetch(repo_id: str, revision: str | None, weights_format: str | None) -> _Files:
+def _fetch(repo_id: str, revision: str | None, weights_format: str | None, token: str | bool | None = None) -> _Files:
     "Config and weights (none if `weights_format` is None) of a repository in the cache, the commit resolved."
     if constants.HF_HUB_OFFLINE:
         return _from_cache(repo_id, revision, weights_format, "HF_HUB_OFFLINE=1 forbids asking the Hub")
     try:
-        info = _within(_FIRST_ANSWER_SECONDS, lambda: HfApi().model_info(repo_id, revision=revision, timeout=8))
+        info = _within(_FIRST_ANSWER_SECONDS, lambda: HfApi().model_info(repo_id, revision=revision, timeout=8, token=token))
     except (_HTTP_ERROR, OSError, ValueError) as e:
         ours = _hub_error(e, repo_id, revision)
         is_down = type(ours) in (HubOfflineError, HubError)
@@ -293,17 +293,18 @@ def _fetch(repo_id: str, revision: str | None, weights_format: str | None) -> _F
         files = _from_cache(repo_id, revision, weights_format, "the Hub does not answer")
         warnings.warn(f"The Hub does not answer: {repo_id!r} is taken from the cache, commit {files.commit}.", stacklevel=2)
         return files
-    return _download(repo_id, revision, [o.rfilename for o in info.siblings or []], weights_format)
+    return _download(repo_id, revision, [o.rfilename for o in info.siblings or []], weights_format, token)
 
-def _download(repo_id: str, revision: str | None, names: Sequence[str], weights_format: str | None) -> _Files:
+def _download(repo_id: str, revision: str | None, names: Sequence[str], weights_format: str | None,
+              token: str | bool | None = None) -> _Files:
     "Fetch what is needed of a repository's files."
     if "config.json" not in names:
         raise HubCorruptError(f"{repo_id!r} has no config.json, so neither timm nor transformers can load it. {_WAY_OUT}")
     weights = None if weights_format is None else _weight_file(names, repr(repo_id), weights_format)
     try:
         # By the revision as asked, so that the cache learns what it stands for; the rest by the commit it gave.
-        folder = Path(hf_hub_download(repo_id, "config.json", revision=revision)).parent
-        get = functools.partial(hf_hub_download, repo_id, revision=folder.name)
+        folder = Path(hf_hub_download(repo_id, "config.json", revision=revision, token=token)).parent
+        get = functools.partial(hf_hub_download, repo_id, revision=folder.name, token=token)
         for name in _SMALL_FILES[1:]:
             if name in names: get(name)
         if weights is not None:

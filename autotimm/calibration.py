@@ -6,7 +6,7 @@
 __all__ = ['negative_log_likelihood', 'calibration_error', 'fit_temperature', 'Calibration', 'reliability', 'calibrate_logits',
            'LogitCollector', 'collect_logits']
 
-# %% ../nbs/17_calibration.ipynb #0e3f1248
+# %% ../nbs/17_calibration.ipynb #60e8b5ad
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import binary_calibration_error, mul
 
 from .viz import new_figure
 
-# %% ../nbs/17_calibration.ipynb #6e73fbb3
+# %% ../nbs/17_calibration.ipynb #70567f47
 def negative_log_likelihood(
     logits: Tensor,             # (N, C)
     targets: Tensor,            # (N,) class ids, or (N, C) 0/1 if multi-label
@@ -38,24 +38,32 @@ def calibration_error(
     if logits.shape[1] == 1: return 0.0
     return float(multiclass_calibration_error(logits.softmax(-1), targets, logits.shape[1], n_bins=bins))
 
+def _smoothed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss as if one prediction in N + 2 were wrong, which Platt (1999) took for the least that N images can tell.
+
+    Else the temperature of a model that is right on all of them would be 0."""
+    share, classes = 1 / (len(logits) + 2), logits.shape[1]
+    if targets.ndim == 2: return F.binary_cross_entropy_with_logits(logits, targets.to(logits) * (1 - 2 * share) + share)
+    return F.cross_entropy(logits, targets, label_smoothing=min(1.0, share * classes / max(1, classes - 1)))
+
 def fit_temperature(
     logits: Tensor,             # (N, C)
     targets: Tensor,            # (N,) class ids, or (N, C) 0/1 if multi-label
 ) -> float:                     # from 0.01 to 100
-    "The temperature with the least negative log-likelihood. Raises `ValueError` without a finite logit."
+    "The temperature with the least negative log-likelihood. Raises `ValueError` for logits that are not finite, or none."
     if len(logits) != len(targets) or not len(logits): raise ValueError(f"There are {len(logits)} logits for {len(targets)} targets; both must be as many, one at least.")
     if not torch.isfinite(logits).all(): raise ValueError("The model gives logits that are not finite, so there is no temperature for them. Train it again with a lower lr.")
     logits = logits.double()
-    inverse = lambda log_t: float(negative_log_likelihood(logits / math.exp(log_t), targets))
+    loss = lambda log_t: float(_smoothed_loss(logits / math.exp(log_t), targets))
     # In the logarithm the function has one valley: golden-section search.
     low, high, share = math.log(0.01), math.log(100), (math.sqrt(5) - 1) / 2
     for _ in range(60):
         a, b = high - share * (high - low), low + share * (high - low)
-        if inverse(a) <= inverse(b): high = b
+        if loss(a) <= loss(b): high = b
         else: low = a
     return math.exp((low + high) / 2)
 
-# %% ../nbs/17_calibration.ipynb #209fb62e
+# %% ../nbs/17_calibration.ipynb #c45a1758
 @dataclass(frozen=True)
 class Calibration:
     "What a temperature changed."
@@ -106,7 +114,7 @@ def calibrate_logits(
                        float(negative_log_likelihood(logits, targets)), float(negative_log_likelihood(cooled, targets)),
                        {"before": reliability(logits, targets), "after": reliability(cooled, targets)})
 
-# %% ../nbs/17_calibration.ipynb #3868915e
+# %% ../nbs/17_calibration.ipynb #5b22d8fb
 class LogitCollector(pl.LightningModule):
     "Keeps logits and targets of the validation batches; looks to a data module like the model."
     def __init__(

@@ -14,9 +14,12 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import lookup
 from ..heads import ClassificationHead
 from ..losses import create_loss
 from ..metrics import default_metrics
+from ..prediction import PrepareCrops, prepare_classification
+from ..results import ClassificationResult
 from .base import Step, VisionTask, refuse_note
 from ..viz import show_images, show_predictions
 
@@ -36,6 +39,8 @@ def mix_batch(
 # %% ../../nbs/21_tasks_classification.ipynb #1a961fca
 class ImageClassifier(VisionTask):
     "Image classification: a backbone and a linear head; single-label, or multi-label with `multi_label=True`."
+    task_name = "classification"
+
     def __init__(
         self,
         backbone: Any,                                  # name, Hub id, folder, config, transformers config or model, module
@@ -107,6 +112,27 @@ class ImageClassifier(VisionTask):
         if stage == "val" and self.confusion is not None: self.confusion.update(scores, y)
         self.keep_for_figures(stage, x, scores, y)
         return Step({"loss": loss}, scores, y, len(x), logits.detach())
+
+    def predict_tensor(self, x: Tensor) -> Tensor:
+        "Probabilities (B, num_classes) of a normalised batch."
+        return self.probabilities(self(x))
+
+    def plan_prediction(self, tta: str | None = None, top_k: int = 5) -> tuple[Any, Any]:  # type: ignore[override]
+        "The model's own evaluation transform, or ten crops with `tta='multicrop'`; probabilities are means over the views."
+        if tta is not None: lookup({o: o for o in ("flip", "multicrop")}, tta, "Test-time augmentation")
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1: raise ValueError(f"top_k must be a number of classes from 1 on, got {top_k!r}.")
+        prepare = PrepareCrops(self.data_config) if tta == "multicrop" else prepare_classification(self.data_config)
+        def run(x: Tensor, rows: Tensor) -> list[ClassificationResult]:
+            views = torch.stack([x, x.flip(-1)], 1) if tta == "flip" else x if x.ndim == 5 else x[:, None]
+            with torch.inference_mode(): logits = self(views.flatten(0, 1))
+            found = self.probabilities(logits).unflatten(0, views.shape[:2]).mean(1).cpu()
+            return [ClassificationResult(o, self.multi_label, self.threshold, top_k) for o in found]
+        return prepare, run
+
+    def logits_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
+        "Logits and labels of a batch."
+        self.check(batch)
+        return self(batch[0]), batch[1] if self.multi_label else batch[1].long()
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         "Probabilities (B, num_classes) of images (B, C, H, W), or of a batch that begins with them."

@@ -20,7 +20,9 @@ from ..core import inherit_signature, lookup
 from ..heads import FPN, DetectionHead
 from ..losses import FCOSLoss, YOLOXLoss
 from ..metrics import default_metrics
-from .base import DenseTask, Step, evaluating, refuse_note
+from ..prediction import detections_to_original, flip_detections, merge_detections
+from ..results import DetectionResult
+from .base import DenseTask, Step, refuse_note
 from ..viz import show_boxes
 from ..yolox import YOLOXHead, decode_yolox
 
@@ -207,6 +209,7 @@ class DetectionTask(DenseTask):
     predictor: Any
     needs: tuple[str, ...] = ("boxes", "labels")
     kind = "detection"
+    task_name = "detection"
 
     def __init__(
         self,
@@ -257,11 +260,7 @@ class DetectionTask(DenseTask):
 
     def to_original(self, found: list[dict[str, Tensor]], rows: Tensor | None, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         "Detections in the pixels of the original images; `rows` (B, 6) says how those were resized, None that they were not."
-        if rows is None: return found
-        moved = [{**o, "boxes": scale_boxes(o["boxes"], row)} for o, row in zip(found, rows)]
-        # What was seen in the padding alone has no area left.
-        there = [(o["boxes"][:, 2:] > o["boxes"][:, :2]).all(1) for o in moved]
-        return [{k: v[kept] for k, v in o.items()} for o, kept in zip(moved, there)]
+        return found if rows is None else [detections_to_original(o, row) for o, row in zip(found, rows)]
 
     def objects(self, targets: list[dict[str, Tensor]], rows: Tensor | None) -> list[dict[str, Tensor]]:
         "The objects in the pixels of the original images, as metrics take them."
@@ -297,17 +296,30 @@ class DetectionTask(DenseTask):
         if self.draws(stage): self.keep_for_figures(stage, x, self.to_original(seen, None, size))
         return Step(losses, self.to_original(seen, rows, size), self.objects(targets, rows), len(x))
 
-    def predict(
-        self,
-        images: Any,                        # (B, C, H, W) normalised; PIL images and arrays are preprocessed
-    ) -> list[dict[str, Tensor]]:           # an image: boxes (K, 4) xyxy, scores (K,) descending, labels (K,)
-        "The detections, in the pixels of a tensor or of the original images."
-        x, rows = self.prepare(images)
-        with evaluating(self): return self._predict(x.to(self.device, next(self.parameters()).dtype), rows)
+    def predict_tensor(self, x: Tensor) -> list[dict[str, Tensor]]:
+        "The detections in each image of a normalised batch, in its pixels: boxes (K, 4) xyxy, scores (K,) descending, labels (K,)."
+        return self._predict(x, None)
+
+    def plan_prediction(self, tta: str | None = None) -> tuple[Any, Any]:  # type: ignore[override]
+        "Images resized to fit; with `tta='flip'` what is found in the mirror image too, each object once."
+        views = self.views_of(tta)
+        def run(x: Tensor, rows: Tensor) -> list[DetectionResult]:
+            with torch.inference_mode():
+                found = self.seen(x)
+                if views > 1:
+                    mirrored = [flip_detections(o, int(x.shape[-1])) for o in self.seen(x.flip(-1))]
+                    found = [merge_detections(o, self.nms_thresh, self.max_detections_per_image) for o in zip(found, mirrored)]
+            found = self.to_original(found, rows, (int(x.shape[2]), int(x.shape[3])))
+            return [DetectionResult(o["boxes"].cpu(), o["scores"].cpu(), o["labels"].cpu(), o["masks"].cpu() if "masks" in o else None) for o in found]
+        return self.preparation(), run
+
+    def seen(self, x: Tensor) -> list[dict[str, Tensor]]:
+        "The detections in each image of a normalised batch, before they are brought to the original image."
+        maps = self.maps(x)
+        return self.detect(maps, self.predictions(maps), (int(x.shape[2]), int(x.shape[3])))
 
     def _predict(self, x: Tensor, rows: Tensor | None) -> list[dict[str, Tensor]]:
-        size, maps = (int(x.shape[2]), int(x.shape[3])), self.maps(x)
-        return self.to_original(self.detect(maps, self.predictions(maps), size), rows, size)
+        return self.to_original(self.seen(x), rows, (int(x.shape[2]), int(x.shape[3])))
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> list[dict[str, Tensor]]:
         "The detections of images, or of a batch; where it says how images were resized, in their original pixels."

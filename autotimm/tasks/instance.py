@@ -92,6 +92,7 @@ class InstanceSegmentor(DetectionTask):
     "Instance segmentation: the boxes of FCOS, and a mask in each."
     needs = ("boxes", "labels", "masks")
     kind = "instance_segmentation"
+    task_name = "instance_segmentation"
 
     def __init__(
         self,

@@ -517,6 +517,7 @@ class _Call:
     revision: str = "main"
     path: str = ""
     is_file: bool = False
+    is_push: bool = False
     faults: "list[HubFault]" = field(default_factory=list)
 
     def struck(self, kind: str) -> "HubFault | None":
@@ -745,6 +746,7 @@ def _route(call: _Call, path: str) -> Callable[["LocalHub", _Call], _Answer] | N
         kind = "datasets/" if part.get("kind") == "datasets" else ""
         call.repo_id = kind + part["repo"] if "repo" in part else ""
         call.revision, call.path, call.is_file = part.get("revision", "main"), part.get("path", ""), answer is _file
+        call.is_push = answer is _push
         return answer
     return None
 
@@ -756,6 +758,8 @@ FAULTS: dict[str, str] = {
     "500": "the server fails",
     "cut": "the connection closes in the middle of the file",
     "short": "the stored file is only half there; the lengths agree",
+    "torn": "the connection closes while a commit is being sent",
+    "lost": "a commit is made, and the connection closes before the client hears of it",
     "slow": "the answer takes `seconds`",
     "down": "connections are refused; if a repository, a file or `times` is given, they are closed without an answer",
 }
@@ -774,7 +778,8 @@ class HubFault:
         return ((self.times is None or self.times > 0) and self.repo_id in (None, call.repo_id)
                 and self.file in (None, call.path)
                 and (self.kind not in ("cut", "short") or call.is_file)
-                and (self.kind != "cut" or call.method == "GET"))
+                and (self.kind != "cut" or call.method == "GET")
+                and (self.kind not in ("torn", "lost") or call.is_push))
 
     def refusal(self) -> _Refusal | None:
         "The error that it answers with."
@@ -800,12 +805,13 @@ class _HubHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         "Answer a call of any method."
         hub, address = self.server.hub, urllib.parse.urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if not self.chunked else self.read_chunks()
-        call = _Call(self.command, urllib.parse.parse_qs(address.query), {k.title(): v for k, v in self.headers.items()}, body)
+        call = _Call(self.command, urllib.parse.parse_qs(address.query), {k.title(): v for k, v in self.headers.items()}, b"")
         function = _route(call, address.path)
+        if function is not None: call.faults = hub.strike(call)
+        if call.struck("torn"): return self.tear(call)
+        call.body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if not self.chunked else self.read_chunks()
         if function is None: return self.write(call, _Answer(b"{}", 404))
         hub.requests.append((self.command, self.path))
-        call.faults = hub.strike(call)
         if slow := call.struck("slow"): hub.stopped.wait(slow.seconds)
         if call.struck("down"): return self.hang_up()
         try:
@@ -814,6 +820,7 @@ class _HubHandler(BaseHTTPRequestHandler):
             if call.token not in (None, hub.token): raise _Refusal(401, "", "Invalid credentials in Authorization header")
             answer = function(hub, call)
         except _Refusal as e: answer = e.answer
+        if call.struck("lost"): return self.hang_up()
         self.write(call, answer)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
@@ -844,6 +851,13 @@ class _HubHandler(BaseHTTPRequestHandler):
         self.wfile.write(answer.body[:max(size // 2 - start, 0)])
         self.wfile.flush()
         self.close_connection = True
+
+    def tear(self, call: _Call) -> None:
+        "Read the first half of what is sent, or of its first piece, and close the connection."
+        self.server.hub.requests.append((self.command, self.path))
+        size = int(self.rfile.readline().split(b";")[0], 16) if self.chunked else int(self.headers.get("Content-Length") or 0)
+        self.rfile.read(size // 2)
+        self.hang_up()
 
     def hang_up(self) -> None:
         "Close the connection at once, without an answer."

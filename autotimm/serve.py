@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'STARTS', 'LOG', 'PAGE_STYLE', 'PAGE_BODY', 'PAGE_DRAWING', 'PAGE_SHOWING', 'PAGE_SENDING', 'PATHS',
-           'OPTIONS', 'SAFE', 'IMAGE_BODY', 'Refusal', 'Limits', 'readable_formats', 'image_size', 'Room', 'attempt',
-           'Waiting', 'predict_batch', 'Figures', 'ModelThread', 'Entrance', 'Gathering', 'Reception', 'input_channels',
-           'broken', 'read_body', 'read_images', 'describe', 'gone', 'answer', 'page', 'load_model', 'about', 'Desk',
-           'answer_errors', 'create_app', 'serve']
+           'OPTIONS', 'SAFE', 'IMAGE_BODY', 'Refusal', 'Limits', 'readable_formats', 'image_size', 'decode_untrusted',
+           'Room', 'attempt', 'Waiting', 'predict_batch', 'Figures', 'ModelThread', 'Entrance', 'Gathering',
+           'Reception', 'input_channels', 'broken', 'read_body', 'read_images', 'describe', 'gone', 'answer', 'page',
+           'load_model', 'about', 'Desk', 'answer_errors', 'create_app', 'serve']
 
 # %% ../nbs/31_serve.ipynb #43d83abe
 import asyncio
@@ -27,11 +27,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .core import not_found, require
 from .data.readers import BadImageError, decode_image
+from .data.transforms import to_uint8_image
 from .results import ClassificationResult, DetectionResult
 
 # %% ../nbs/31_serve.ipynb #8f615956
@@ -90,6 +91,17 @@ def image_size(
         raise Refusal(415, "This is no image that can be read here.", f"Send {', '.join(FORMATS)}; the content counts, not the name.") from e
     if width * height > max_pixels: raise Refusal(413, f"The image has {width} x {height} pixels, {width * height:,} in all.", smaller)
     return width, height
+
+def decode_untrusted(
+    data: bytes,                        # an image that `image_size` has let pass
+    channels: int = 3,                  # 1: grey, 3: RGB, 4: RGB and alpha
+) -> Tensor:                            # (channels, H, W) uint8
+    "The same as `decode_image`, by decoders that survive a damaged file. Raises `BadImageError`."
+    if data.startswith(STARTS[0]): return decode_image(data, channels)
+    # torchvision 0.29 ends the process with a segmentation fault over a PNG of which one byte is wrong.
+    try:
+        with Image.open(io.BytesIO(data), formats=readable_formats()) as image: return to_uint8_image(ImageOps.exif_transpose(image), channels)
+    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError) as e: raise BadImageError(str(e)) from e
 
 # %% ../nbs/31_serve.ipynb #eea1c2c9
 class Room:
@@ -170,7 +182,7 @@ class ModelThread:
         self,
         images: list[Tensor],           # (C, H, W) uint8
     ) -> list[Any]:                     # a result or an exception for each
-        "What the model says of a batch; those of one that fails are tried one by one."
+        "What the model says of a batch; one that fails is halved until it is known which image it was."
         self.busy_since = time.monotonic()
         found = await attempt(self.pool, predict_batch, self.model, images)
         self.busy_since = None
@@ -178,7 +190,8 @@ class ModelThread:
         if not isinstance(found, BaseException):
             self.figures.served += len(images)
             return found
-        if len(images) > 1: return [(await self.run([image]))[0] for image in images]
+        half = len(images) // 2
+        if half: return [*await self.run(images[:half]), *await self.run(images[half:])]
         self.figures.failed += 1
         LOG.error("The model failed on an image of shape %s.", tuple(images[0].shape), exc_info=found)
         return [Refusal(500, "The model failed on this image.", "Try another one. The server's log says why.")]
@@ -275,7 +288,7 @@ class Reception:
         if isinstance(size, BaseException): return self._done(item, broken(size))
         await self.room.take(size[0] * size[1])
         item.pixels = size[0] * size[1]
-        image = None if item.answer.done() else await attempt(self.decoders, decode_image, item.data, self.channels)
+        image = None if item.answer.done() else await attempt(self.decoders, decode_untrusted, item.data, self.channels)
         if image is None or isinstance(image, BaseException): return self._done(item, image and broken(image))
         item.image, item.data = image, b""
         self.gathering.queue.put_nowait(item)
@@ -308,8 +321,9 @@ def broken(
 ) -> Refusal:                           # 400, unless it is a refusal already
     "What to say of an image that cannot be read: the decoder's words where they are known to be about the image."
     if isinstance(error, Refusal): return error
+    told = isinstance(error, BadImageError) and str(error)
     if not isinstance(error, BadImageError): LOG.warning("An image could not be decoded.", exc_info=error)
-    why = f": {str(error).splitlines()[0].rstrip('.')}" if isinstance(error, BadImageError) and str(error) else ""
+    why = f": {str(error).splitlines()[0].rstrip('.')}" if told else ""
     return Refusal(400, f"The image is broken and cannot be decoded{why}.", "Send the whole file, undamaged.")
 
 # %% ../nbs/31_serve.ipynb #7882a3a1

@@ -430,15 +430,15 @@ h1 { font-size: 1.45rem; margin: 0; overflow-wrap: anywhere }
 .seen .result { display: grid }
 @media (max-width: 720px) { .result { grid-template-columns: minmax(0, 1fr) } main { padding-top: 18px } }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 16px; padding: 16px; min-width: 0 }
-canvas { display: block; width: 100%; height: auto; max-height: 75vh; object-fit: contain; border-radius: 8px }
+canvas { display: block; width: 100%; height: auto; max-height: max(260px, 100vh - 230px); object-fit: contain; border-radius: 8px }
 .busy canvas { opacity: .55 }
 .state { color: var(--soft); margin: 0 0 10px } .bad .state { color: var(--bad) }
 ul { list-style: none; margin: 0; padding: 0 } li { margin: 0 0 12px }
-.row { display: flex; gap: 8px; align-items: baseline } .row span:first-child { flex: 1; overflow-wrap: anywhere }
+.row { display: flex; gap: 8px; align-items: baseline } .row .name { flex: 1; overflow-wrap: anywhere }
 .row span:last-child { color: var(--soft); font-variant-numeric: tabular-nums } li:first-child .row.best { font-weight: 600; font-size: 1.15rem }
 .track { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin-top: 3px }
 .bar { height: 100%; border-radius: 4px; background: var(--main); transition: width .4s }
-.dot { width: 12px; height: 12px; border-radius: 3px; flex: none !important; align-self: center }
+.dot { width: 12px; height: 12px; border-radius: 3px; flex: none; align-self: center }
 .slider { display: none; margin: 0 0 14px; color: var(--soft) } .objects .slider { display: block } .slider input { width: 100%; accent-color: var(--main) }
 @media (prefers-reduced-motion: reduce) { .bar { transition: none } }
 """
@@ -462,11 +462,11 @@ PAGE_DRAWING = r"""
 const get = id => document.getElementById(id), canvas = get('canvas'), body = document.body, known = [];
 let photo = null, found = null, info = {limits: {}}, sending = null;
 const hue = name => { let i = known.indexOf(name); if (i < 0) i = known.push(name) - 1; return (i * 137.5 + 212) % 360 };
-const color = (name, alpha) => `hsl(${hue(name)} 85% 52% / ${alpha})`;
+const color = (name, alpha) => `hsl(${hue(name)} 85% 46% / ${alpha})`;
 const percent = share => (share > 0 && share < 0.0995 ? (100 * share).toFixed(1) : Math.round(100 * share)) + '%';
-function rgb(name) {                              // hsl(h 85% 52%) as three bytes
-  const h = hue(name) / 30, a = 0.85 * 0.48;
-  return [0, 8, 4].map(n => { const k = (n + h) % 12; return 255 * (0.52 - a * Math.max(-1, Math.min(k - 3, 9 - k, 1))) });
+function rgb(name) {                              // the same as three bytes
+  const h = hue(name) / 30, a = 0.85 * 0.46;
+  return [0, 8, 4].map(n => { const k = (n + h) % 12; return 255 * (0.46 - a * Math.max(-1, Math.min(k - 3, 9 - k, 1))) });
 }
 function runs(text) {                             // COCO's compressed run lengths
   const out = [];
@@ -528,8 +528,8 @@ function add(tag, parent, text, kind) {
 }
 function line(label, share, kind, dotted) {       // a name, a number, and a bar
   const item = add('li', get('list')), row = add('div', item, '', 'row ' + kind);
-  if (dotted) { const dot = add('span', row, '', 'dot'); dot.style.background = color(label, 1); row.prepend(add('span', row, label)); row.prepend(dot) }
-  else add('span', row, label);
+  if (dotted) { const dot = add('span', row, '', 'dot'); dot.style.background = color(label, 1) }
+  add('span', row, label, 'name');
   add('span', row, percent(share));
   const bar = add('div', add('div', item, '', 'track'), '', 'bar');
   bar.style.width = 100 * share + '%';

@@ -22,12 +22,14 @@ _WHERE = {  # module -> its public names; tests/test_package.py holds it equal t
             "ImageDataModule InstanceSegmentationDataModule MultiLabelImageDataModule MultiLabelImageDataset "
             "SegmentationDataModule TransformConfig create_inference_transform get_transforms_from_backbone list_transform_presets "
             "resolve_backbone_data_config",
+    "results": "ClassificationResult DetectionResult Result Results SegmentationResult",
+    "calibration": "Calibration",
     "tasks": "ImageClassifier InstanceSegmentor ObjectDetector SemanticSegmentor VisionTask YOLOXDetector",
     "trainer": "AutoTrainer TunerConfig",
 }
 _MODULES = {  # public submodules and their other names
     "core": "core", "testing": "testing", "backbones": "backbones", "data": "data", "boxes": "boxes", "heads": "heads", "head": "heads", "yolox": "yolox",
-    "losses": "losses", "loss": "losses", "optim": "optim", "metrics": "metrics", "metrics_module": "metrics",
+    "losses": "losses", "loss": "losses", "optim": "optim", "results": "results", "prediction": "prediction", "metrics": "metrics", "metrics_module": "metrics",
     "metric": "metrics", "loggers": "loggers", "viz": "viz", "tasks": "tasks", "task": "tasks", "trainer": "trainer",
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names.split()}
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
                                  MaskLoss, TverskyLoss, YOLOXLoss, list_losses)
     from autotimm.metrics import LoggingConfig, MetricConfig, MetricManager
     from autotimm.optim import list_optimizers, list_schedulers
+    from autotimm.calibration import Calibration
+    from autotimm.results import ClassificationResult, DetectionResult, Result, Results, SegmentationResult
     from autotimm.tasks import (ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, VisionTask,
                                 YOLOXDetector)
     from autotimm.trainer import AutoTrainer, TunerConfig
@@ -59,19 +63,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASPP", "AnnotationError", "AutoTrainer", "Backbone", "BackboneConfig", "BadImageError", "CSPDarknet",
-    "CSVDetectionDataset", "CSVImageDataset", "CSVInstanceDataset", "CenternessLoss", "ClassificationHead",
-    "CombinedSegmentationLoss", "DeepLabV3PlusHead", "DetectionDataModule", "DetectionHead", "DiceLoss", "FCNHead",
-    "FCOSLoss", "FPN", "FPNHead", "FeatureBackboneConfig", "FocalLoss", "FocalLossPixelwise", "GIoULoss", "HubError", "ImageClassifier",
+    "CSVDetectionDataset", "CSVImageDataset", "CSVInstanceDataset", "Calibration", "CenternessLoss",
+    "ClassificationHead", "ClassificationResult", "CombinedSegmentationLoss", "DeepLabV3PlusHead",
+    "DetectionDataModule", "DetectionHead", "DetectionResult", "DiceLoss", "FCNHead", "FCOSLoss", "FPN", "FPNHead",
+    "FeatureBackboneConfig", "FocalLoss", "FocalLossPixelwise", "GIoULoss", "HubError", "ImageClassifier",
     "ImageDataModule", "InstanceSegmentationDataModule", "InstanceSegmentor", "LoggerConfig", "LoggerManager",
     "LoggingConfig", "MaskHead", "MaskLoss", "MetricConfig", "MetricManager", "MissingExtraError", "ModelSource",
-    "MultiLabelImageDataModule", "MultiLabelImageDataset", "ObjectDetector", "PAFPN", "SegmentationDataModule",
-    "SemanticSegmentor", "TransformConfig", "TunerConfig", "TverskyLoss", "UPerNetHead", "VisionTask", "YOLOX",
-    "YOLOXDetector", "YOLOXHead", "YOLOXLoss", "build_yolox", "count_parameters", "create_backbone",
-    "create_feature_backbone", "create_inference_transform", "get_feature_channels", "get_feature_info",
-    "get_feature_strides", "get_model_source", "get_transforms_from_backbone", "get_yolox_model_info",
-    "list_backbones", "list_hf_hub_backbones", "list_losses", "list_optimizers", "list_schedulers",
-    "list_transform_presets", "list_yolox_backbones", "list_yolox_heads", "list_yolox_models", "list_yolox_necks",
-    "load_official_yolox", "resolve_backbone_data_config", "seed_everything",
+    "MultiLabelImageDataModule", "MultiLabelImageDataset", "ObjectDetector", "PAFPN", "Result", "Results",
+    "SegmentationDataModule", "SegmentationResult", "SemanticSegmentor", "TransformConfig", "TunerConfig",
+    "TverskyLoss", "UPerNetHead", "VisionTask", "YOLOX", "YOLOXDetector", "YOLOXHead", "YOLOXLoss", "build_yolox",
+    "count_parameters", "create_backbone", "create_feature_backbone", "create_inference_transform",
+    "get_feature_channels", "get_feature_info", "get_feature_strides", "get_model_source",
+    "get_transforms_from_backbone", "get_yolox_model_info", "list_backbones", "list_hf_hub_backbones",
+    "list_losses", "list_optimizers", "list_schedulers", "list_transform_presets", "list_yolox_backbones",
+    "list_yolox_heads", "list_yolox_models", "list_yolox_necks", "load_official_yolox",
+    "resolve_backbone_data_config", "seed_everything",
 ]
 
 _getattr, __dir__ = lazy_names(__name__, {k: f"autotimm.{v}" for k, v in _NAMES.items()},

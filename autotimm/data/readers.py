@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..core import lookup, near_matches, require
 from .transforms import DensePipeline, TransformAdapter, as_dense_sample, is_albumentations, needs_seed, reseed, to_model_input, to_uint8_image
@@ -49,12 +49,11 @@ def decode_image(
 ) -> Tensor:                  # (channels, H, W) uint8
     "Decode an image, turned as its EXIF data says. Raises `BadImageError`."
     if not data: raise BadImageError("the file is empty")
-    decode = decode_jpeg if data[:2] == b"\xff\xd8" else decode_png if data[:8] == b"\x89PNG\r\n\x1a\n" else None
     try:
-        if decode is not None and channels in READ_MODES:
-            raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            mode = READ_MODES[3 if channels == 4 and decode is decode_jpeg else channels]
-            return to_uint8_image(decode(raw, mode=mode, apply_exif_orientation=True), channels)
+        # PNG files are read by Pillow: one wrong byte, and torchvision 0.29 ends the process with a segmentation fault.
+        if data[:2] == b"\xff\xd8" and channels in READ_MODES:
+            raw, mode = torch.frombuffer(bytearray(data), dtype=torch.uint8), READ_MODES[3 if channels == 4 else channels]
+            return to_uint8_image(decode_jpeg(raw, mode=mode, apply_exif_orientation=True), channels)
         return to_uint8_image(_pillow(data), channels)
     except RuntimeError as e:
         # Pillow reads some files that torchvision does not, and says better why it cannot.
@@ -69,7 +68,7 @@ def _pillow(data: bytes) -> Image.Image:
         image.load()
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as e: raise BadImageError("it is not an image, or of a format that Pillow does not read") from e
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e: raise BadImageError(str(e)) from e
+    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, Image.DecompressionBombError) as e: raise BadImageError(str(e)) from e
 
 def load_image(
     source: Any,              # path, bytes, PIL image, array, tensor, or a function that returns one

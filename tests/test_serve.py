@@ -56,7 +56,7 @@ class Stub:
 def running(model, **options):
     "The port of a server of a model; it is shut down at the end."
     app = serving.create_app(model, **options)
-    with socket.socket() as listening:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, server_header=False))
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
@@ -229,7 +229,7 @@ def kinds():
     exif[0x0112] = 6
     frames = [Image.new("RGB", (60, 40), o) for o in ("red", "blue")]
     return {"GIF": encoded(PHOTO, "GIF"), "moving GIF": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "WebP": encoded(PHOTO, "WEBP"),
-            "grey": encoded(wide, "PNG"), "16 bit": encoded(Image.fromarray((np.asarray(wide).astype("uint16") * 257)), "PNG"),
+            "grey": encoded(wide, "PNG"), "16 bit": encoded(Image.fromarray(np.asarray(wide).astype("uint16") * 257), "PNG"),
             "RGBA": encoded(PHOTO.convert("RGBA"), "PNG"), "palette": encoded(PHOTO.convert("P"), "PNG"), "1 bit": encoded(PHOTO.convert("1"), "PNG"),
             "CMYK": encoded(PHOTO.convert("CMYK")), "BMP": encoded(PHOTO, "BMP"), "TIFF": encoded(PHOTO, "TIFF", compression="tiff_lzw"),
             "turned": encoded(wide.convert("RGB"), exif=exif), "one pixel": encoded(PHOTO.resize((1, 1)), "PNG"), "progressive": encoded(PHOTO, progressive=True)}

@@ -5,15 +5,19 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'TrainableModule', 'log_figure',
            'evaluating', 'Step', 'as_metric_configs', 'as_list', 'as_batch', 'as_dataclass', 'best_device', 'moved_to',
-           'predicting', 'inputs_of', 'name_results', 'PredictingModule', 'last_layer', 'VisionTask', 'DenseTask']
+           'predicting', 'inputs_of', 'name_results', 'PredictingModule', 'last_layer', 'PortableModule', 'VisionTask',
+           'DenseTask']
 
 # %% ../../nbs/20_tasks_base.ipynb #62a4a410
 import dataclasses
 import math
+import os
 import pickle
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -32,7 +36,9 @@ from ..data.datamodule import count_epochs
 from ..data.readers import Sample
 from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapter, TransformConfig, apply_transform_config,
                                       dense_pipeline, get_transforms_from_backbone, to_uint8_image)
+from ..export import export_to_onnx, export_to_torchscript
 from ..heads import Pyramid
+from ..hub import TASKS, load_pretrained, push_to_hub, save_pretrained
 from ..metrics import LoggingConfig, MetricConfig, MetricManager, confusion_matrix
 from ..optim import create_optimizer, create_scheduler, parameter_groups, step_scheduler
 from ..prediction import PrepareDense, original_size, predict_images, prepare_dense
@@ -100,6 +106,10 @@ class StoredModule(pl.LightningModule):
             if "required positional argument" not in str(e): raise
             raise TypeError(f"The checkpoint {str(checkpoint_path)!r} is not of {cls.__name__}: {e}.") from e
         return model.eval()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        "Say which task it is, so that a checkpoint finds its class."
+        checkpoint["task"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         "Give a new head where the checkpoint's has another number of classes."
@@ -502,8 +512,68 @@ def last_layer(
     if not layers or layers[-1].weight.shape[0] != num_classes: raise ValueError(f"The last layer of {type(head).__name__} does not give {num_classes} logits.")
     return layers[-1]
 
+# %% ../../nbs/20_tasks_base.ipynb #133843a7
+class PortableModule(PredictingModule):
+    "Ways out of training: folders, the Hub, ONNX, TorchScript."
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        TASKS[cls.__name__] = cls
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],             # new, empty, or one that was saved before
+        **kwargs: Any,                              # for the card: `metrics`, `data`, `training`, `license`, `card`, `tags`
+    ) -> Path:                                      # the folder
+        "Save weights, config, preprocessing and card so that timm and transformers load them, as far as they can."
+        return save_pretrained(self, folder, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_id: str | os.PathLike[str],       # folder, or Hub id 'org/name'
+        revision: str | None = None,                # branch, tag or commit
+        **kwargs: Any,                              # `token`, `allow`; constructor arguments that win over the saved ones
+    ) -> Any:                                       # the model, in eval mode
+        "A saved model. Raises `TypeError` if it is one of another task."
+        model = load_pretrained(folder_or_id, revision=revision, **kwargs)
+        if issubclass(cls, type(model)) and cls is not type(model): return load_pretrained(folder_or_id, revision=revision, cls=cls, **kwargs)
+        if not isinstance(model, cls):
+            raise TypeError(f"{str(folder_or_id)!r} holds a {type(model).__name__}, not a {cls.__name__}. VisionTask.from_pretrained loads whatever it is.")
+        return model
+
+    def push_to_hub(
+        self,
+        repo_id: str,                               # 'org/name'; made if there is none
+        private: bool | None = None,                # of a new repository; None: as the account has it
+        **kwargs: Any,                              # `token`, `revision`, `commit_message`, and as for `save_pretrained`
+    ) -> str:                                       # address of the commit
+        "Put the model on the Hub, in one commit."
+        return push_to_hub(self, repo_id, private=private, **kwargs)
+
+    def to_onnx(  # type: ignore[override]
+        self,
+        save_path: str | os.PathLike[str] | None = None,    # ends on .onnx; None: 'model.onnx'
+        example_input: Tensor | None = None,                # (B, C, H, W); None: as the data config says
+        opset_version: int = 18,                            # of the file
+        dynamic_axes: dict[str, dict[int, str]] | None = None,  # input name -> open dimensions; None: the batch, and the size where the model allows
+        **kwargs: Any,                                      # of `autotimm.export.export_to_onnx`, such as `postprocess`
+    ) -> str:                                               # the path
+        "Write the model as ONNX, compared with itself on several inputs."
+        return export_to_onnx(self, save_path or "model.onnx", example_input, opset_version, dynamic_axes=dynamic_axes, **kwargs)
+
+    def to_torchscript(  # type: ignore[override]
+        self,
+        save_path: str | os.PathLike[str] | None = None,    # None: no file is kept
+        example_input: Tensor | None = None,                # (B, C, H, W); None: as the data config says
+        method: str = "trace",                              # or 'script'
+        **kwargs: Any,                                      # of `autotimm.export.export_to_torchscript`
+    ) -> torch.jit.ScriptModule:
+        "The model as TorchScript, compared with itself."
+        if save_path is not None: return export_to_torchscript(self, save_path, example_input, method, **kwargs)
+        with tempfile.TemporaryDirectory() as folder: return export_to_torchscript(self, Path(folder, "model.pt"), example_input, method, **kwargs)
+
 # %% ../../nbs/20_tasks_base.ipynb #05f96b97
-class VisionTask(PredictingModule):
+class VisionTask(PortableModule):
     "Step, metrics, preprocessing and logging of every task."
     task_name: ClassVar[str] = "vision"
     metrics: MetricManager

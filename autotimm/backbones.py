@@ -32,10 +32,10 @@ import torch
 from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import near_matches, not_found, require, to_plain
+from .core import atomic_path, near_matches, not_found, require, to_plain
 
 # %% ../nbs/02_backbones.ipynb #10914920
 class ModelSource(StrEnum):
@@ -678,6 +678,13 @@ class _Base(nn.Module):
                     data_config=self.data_config, out_indices=self._wanted, features=isinstance(self, FeatureBackbone))
         return to_plain({**spec, **self._recipe})
 
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],  # new, empty, or one that was saved before
+    ) -> Path:                      # the folder
+        "Save the network alone, as a folder that timm or transformers loads. Raises `ValueError` for one's own module."
+        return _save_backbone(self, Path(folder).expanduser())
+
     def extra_repr(self) -> str: return f"name={self.name!r}, library={self.library!r}, source={self.source.value!r}"
 
 class Backbone(_Base):
@@ -1289,6 +1296,107 @@ def _make_classifier(backbone: Backbone, num_classes: int) -> nn.Module | None:
     for o in module.modules():
         if hasattr(o, "reset_parameters"): o.reset_parameters()
     return module
+
+# %% ../nbs/02_backbones.ipynb #50115ac3
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    "JSON that people can read."
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+def _write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    "Weights as safetensors, on the CPU, no two sharing memory."
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, metadata={"format": "pt"})
+    path.chmod((path.parent / "config.json").stat().st_mode)    # safetensors lets no one else read it
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    "transformers without bars and reports for the time of the block."
+    logs, was = transformers.utils.logging, transformers.utils.logging.get_verbosity()
+    bars = logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logs.set_verbosity(was)
+        if bars: logs.enable_progress_bar()
+
+_OUR_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", ".gitattributes")
+
+def _our_block(folder: Path) -> Mapping[str, Any]:
+    "What this library wrote into a folder's `config.json`; empty where it wrote none."
+    try: block = _read_json(folder / "config.json").get("autotimm") if (folder / "config.json").is_file() else None
+    except HubCorruptError: return {}
+    return block if isinstance(block, Mapping) else {}
+
+def _check_place(folder: Path) -> None:
+    "Raise `FileExistsError` if there is something that is not ours to replace."
+    if not folder.exists(): return
+    if not folder.is_dir(): raise FileExistsError(f"{folder.name!r} is a file. Give the path of a folder for the model.")
+    names = sorted(o.name for o in folder.iterdir())
+    others = [o for o in names if o not in _OUR_FILES]
+    if others or names and not _our_block(folder):
+        what = f"holds other files ({', '.join(others[:5])})" if others else "holds a model that was not saved by this library"
+        raise FileExistsError(f"Folder {folder.name!r} {what}, and a model folder is replaced as a whole. Give a new folder, or move them away.")
+
+# %% ../nbs/02_backbones.ipynb #08be6434
+_PLAIN_CFG = ("pool_size", "fixed_input_size", "min_input_size", "first_conv", "classifier")
+_TRAINING_ARGS = ("num_classes", "drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "pos_drop_rate")
+
+def _timm_settings(backbone: _Base, data: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    "`config.json` as timm writes it, but for `num_classes` in `model_args`, which transformers would pass twice."
+    spec, data = backbone.to_spec(), to_plain(dict(data))
+    stored = spec["pretrained_cfg"]
+    cfg = {k: stored[k] for k in _PLAIN_CFG if stored.get(k) is not None}
+    if list(data["input_size"]) != list(stored.get("input_size", ())): cfg.pop("pool_size", None)
+    args = {k: v for k, v in spec["args"].items() if k not in _TRAINING_ARGS}
+    if args.get("dynamic_img_size"): cfg["fixed_input_size"] = False
+    cfg |= {**data, "num_classes": num_classes, "custom_load": False}
+    if license := getattr(backbone.model, "pretrained_cfg", {}).get("license"): cfg["license"] = license
+    pool, width = getattr(backbone.model, "global_pool", None), getattr(backbone, "num_features", None)
+    return {"architecture": spec["architecture"], "num_classes": num_classes, **({"num_features": width} if width else {}),
+            **({"global_pool": pool} if isinstance(pool, str) and pool else {}), **({"model_args": args} if args else {}), "pretrained_cfg": cfg}
+
+_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+def _processor(data: Mapping[str, Any]) -> dict[str, Any]:
+    "`preprocessor_config.json` for transformers: resizes and crops as our evaluation does."
+    channels, height, width = data["input_size"]
+    side = [math.floor(o / data["crop_pct"]) for o in (height, width)]
+    common = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(data["mean"]),
+              "image_std": list(data["std"]), "resample": _FILTERS[data["interpolation"]], "do_convert_rgb": channels == 3}
+    if data.get("crop_mode", "center") == "center" and height == width:
+        return {"image_processor_type": "CLIPImageProcessor", **common, "size": {"shortest_edge": side[0]}, "do_center_crop": True,
+                "crop_size": {"height": height, "width": width}}
+    # No processor of transformers' crops oblong parts, or pads: the whole image is resized to the model's size.
+    return {"image_processor_type": "ViTImageProcessor", **common, "size": {"height": height, "width": width}}
+
+def _save_backbone(backbone: _Base, folder: Path) -> Path:
+    "Write a backbone in its library's form."
+    if backbone.library == "module" or "own" in backbone._recipe:
+        raise ValueError(f"Backbone {backbone.name!r} is your own module, which no library can rebuild. Keep its weights with "
+                         "torch.save(backbone.model.state_dict(), path), beside its code.")
+    _check_place(folder)
+    block: dict[str, Any] = {"format": backbone.library, "backbone": backbone.name}
+    with atomic_path(folder) as hold:
+        hold.mkdir()
+        if backbone.library == "timm":
+            args, kept = {**backbone._recipe["args"], "num_classes": 0}, backbone.model.state_dict()
+            with torch.random.fork_rng(devices=[]): whole, _ = _create_timm(backbone._recipe["architecture"], args)
+            state = {k: kept.get(k, v) for k, v in whole.state_dict().items()}
+            block["fresh"] = [k for k in state if k not in kept]
+            _write_json(hold / "config.json", {**_timm_settings(backbone, backbone.data_config, 0), "autotimm": block})
+            _write_weights(hold / "model.safetensors", state)
+        else:
+            model: Any = backbone.model
+            with _quiet(_transformers("A transformers backbone")): model.save_pretrained(hold)
+            saved = _read_json(hold / "config.json")
+            for key in ("_name_or_path", "transformers_version"): saved.pop(key, None)
+            _write_json(hold / "config.json", {**saved, "autotimm": block})
+            _write_json(hold / "preprocessor_config.json", _processor(backbone.data_config))
+        (hold / "README.md").write_text(f"---\nlibrary_name: {backbone.library}\npipeline_tag: image-feature-extraction\n---\n\nA backbone saved by autotimm.\n")
+    return folder
 
 # %% ../nbs/02_backbones.ipynb #102f5b5f
 def get_feature_info(

@@ -24,12 +24,18 @@ _WHERE = {  # module -> its public names; tests/test_package.py holds it equal t
             "resolve_backbone_data_config",
     "results": "ClassificationResult DetectionResult Result Results SegmentationResult",
     "calibration": "Calibration",
+    "hub": "load_pretrained push_to_hub save_pretrained",
+    "export": "ExportError OnnxModel export_checkpoint_to_onnx export_checkpoint_to_torchscript export_program export_to_onnx "
+              "export_to_torchscript load_onnx load_program load_torchscript quantize_onnx validate_onnx_export "
+              "validate_torchscript_export",
     "tasks": "ImageClassifier InstanceSegmentor ObjectDetector SemanticSegmentor VisionTask YOLOXDetector",
     "trainer": "AutoTrainer TunerConfig",
+    "training_cli": "AutoTimmCLI",
+    "serve": "create_app",
 }
 _MODULES = {  # public submodules and their other names
     "core": "core", "testing": "testing", "backbones": "backbones", "data": "data", "boxes": "boxes", "heads": "heads", "head": "heads", "yolox": "yolox",
-    "losses": "losses", "loss": "losses", "optim": "optim", "results": "results", "prediction": "prediction", "metrics": "metrics", "metrics_module": "metrics",
+    "losses": "losses", "loss": "losses", "optim": "optim", "results": "results", "prediction": "prediction", "hub": "hub", "export": "export", "serve": "serve", "report": "report", "metrics": "metrics", "metrics_module": "metrics",
     "metric": "metrics", "loggers": "loggers", "viz": "viz", "tasks": "tasks", "task": "tasks", "trainer": "trainer",
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names.split()}
@@ -53,6 +59,12 @@ if TYPE_CHECKING:
     from autotimm.metrics import LoggingConfig, MetricConfig, MetricManager
     from autotimm.optim import list_optimizers, list_schedulers
     from autotimm.calibration import Calibration
+    from autotimm.export import (ExportError, OnnxModel, export_checkpoint_to_onnx, export_checkpoint_to_torchscript,
+                                 export_program, export_to_onnx, export_to_torchscript, load_onnx, load_program,
+                                 load_torchscript, quantize_onnx, validate_onnx_export, validate_torchscript_export)
+    from autotimm.hub import load_pretrained, push_to_hub, save_pretrained
+    from autotimm.serve import create_app
+    from autotimm.training_cli import AutoTimmCLI
     from autotimm.results import ClassificationResult, DetectionResult, Result, Results, SegmentationResult
     from autotimm.tasks import (ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, VisionTask,
                                 YOLOXDetector)
@@ -62,22 +74,25 @@ if TYPE_CHECKING:
                                 load_official_yolox)
 
 __all__ = [
-    "ASPP", "AnnotationError", "AutoTrainer", "Backbone", "BackboneConfig", "BadImageError", "CSPDarknet",
-    "CSVDetectionDataset", "CSVImageDataset", "CSVInstanceDataset", "Calibration", "CenternessLoss",
+    "ASPP", "AnnotationError", "AutoTimmCLI", "AutoTrainer", "Backbone", "BackboneConfig", "BadImageError",
+    "CSPDarknet", "CSVDetectionDataset", "CSVImageDataset", "CSVInstanceDataset", "Calibration", "CenternessLoss",
     "ClassificationHead", "ClassificationResult", "CombinedSegmentationLoss", "DeepLabV3PlusHead",
-    "DetectionDataModule", "DetectionHead", "DetectionResult", "DiceLoss", "FCNHead", "FCOSLoss", "FPN", "FPNHead",
-    "FeatureBackboneConfig", "FocalLoss", "FocalLossPixelwise", "GIoULoss", "HubError", "ImageClassifier",
-    "ImageDataModule", "InstanceSegmentationDataModule", "InstanceSegmentor", "LoggerConfig", "LoggerManager",
-    "LoggingConfig", "MaskHead", "MaskLoss", "MetricConfig", "MetricManager", "MissingExtraError", "ModelSource",
-    "MultiLabelImageDataModule", "MultiLabelImageDataset", "ObjectDetector", "PAFPN", "Result", "Results",
-    "SegmentationDataModule", "SegmentationResult", "SemanticSegmentor", "TransformConfig", "TunerConfig",
-    "TverskyLoss", "UPerNetHead", "VisionTask", "YOLOX", "YOLOXDetector", "YOLOXHead", "YOLOXLoss", "build_yolox",
-    "count_parameters", "create_backbone", "create_feature_backbone", "create_inference_transform",
-    "get_feature_channels", "get_feature_info", "get_feature_strides", "get_model_source",
-    "get_transforms_from_backbone", "get_yolox_model_info", "list_backbones", "list_hf_hub_backbones",
-    "list_losses", "list_optimizers", "list_schedulers", "list_transform_presets", "list_yolox_backbones",
-    "list_yolox_heads", "list_yolox_models", "list_yolox_necks", "load_official_yolox",
-    "resolve_backbone_data_config", "seed_everything",
+    "DetectionDataModule", "DetectionHead", "DetectionResult", "DiceLoss", "ExportError", "FCNHead", "FCOSLoss",
+    "FPN", "FPNHead", "FeatureBackboneConfig", "FocalLoss", "FocalLossPixelwise", "GIoULoss", "HubError",
+    "ImageClassifier", "ImageDataModule", "InstanceSegmentationDataModule", "InstanceSegmentor", "LoggerConfig",
+    "LoggerManager", "LoggingConfig", "MaskHead", "MaskLoss", "MetricConfig", "MetricManager", "MissingExtraError",
+    "ModelSource", "MultiLabelImageDataModule", "MultiLabelImageDataset", "ObjectDetector", "OnnxModel", "PAFPN",
+    "Result", "Results", "SegmentationDataModule", "SegmentationResult", "SemanticSegmentor", "TransformConfig",
+    "TunerConfig", "TverskyLoss", "UPerNetHead", "VisionTask", "YOLOX", "YOLOXDetector", "YOLOXHead", "YOLOXLoss",
+    "build_yolox", "count_parameters", "create_app", "create_backbone", "create_feature_backbone",
+    "create_inference_transform", "export_checkpoint_to_onnx", "export_checkpoint_to_torchscript", "export_program",
+    "export_to_onnx", "export_to_torchscript", "get_feature_channels", "get_feature_info", "get_feature_strides",
+    "get_model_source", "get_transforms_from_backbone", "get_yolox_model_info", "list_backbones",
+    "list_hf_hub_backbones", "list_losses", "list_optimizers", "list_schedulers", "list_transform_presets",
+    "list_yolox_backbones", "list_yolox_heads", "list_yolox_models", "list_yolox_necks", "load_official_yolox",
+    "load_onnx", "load_pretrained", "load_program", "load_torchscript", "push_to_hub", "quantize_onnx",
+    "resolve_backbone_data_config", "save_pretrained", "seed_everything", "validate_onnx_export",
+    "validate_torchscript_export",
 ]
 
 _getattr, __dir__ = lazy_names(__name__, {k: f"autotimm.{v}" for k, v in _NAMES.items()},

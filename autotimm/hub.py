@@ -40,16 +40,18 @@ from .heads import ClassificationHead
 # %% ../nbs/18_hub.ipynb #51207b03
 TASKS: dict[str, type] = {}     # name -> class with this library's tasks' constructor; one's own may be added
 
+def _library_tasks() -> dict[str, type]:
+    "The tasks of this library by name; they are imported when they are asked for."
+    package = importlib.import_module("autotimm")
+    return {o: getattr(package, o) for o in package.__all__ if o.endswith(("Classifier", "Segmentor", "Detector"))}
+
 def find_task(
     name: str,                  # of a class, e.g. 'ImageClassifier'
 ) -> type:                      # the class
     "The task of a name. Raises `HubCorruptError` for what is none of this library's and not in `TASKS`."
     if name in TASKS: return TASKS[name]
-    package = importlib.import_module("autotimm")
-    public = [o for o in getattr(package, "__all__", []) if o == name]
-    found = getattr(package, public[0]) if public else None
-    if isinstance(found, type) and hasattr(found, "load_from_checkpoint"): return found
-    close = near_matches(str(name), [*TASKS, *getattr(package, "__all__", [])])
+    if name in (own := _library_tasks()): return own[name]
+    close = near_matches(str(name), [*TASKS, *own])
     raise HubCorruptError(f"There is no task {name!r}" + (f"; the nearest are {', '.join(close)}." if close else ".") +
                           " For a class of your own: load_pretrained(folder, cls=YourTask), or put it into autotimm.hub.TASKS.")
 
@@ -72,6 +74,9 @@ def _block(model: Any, kind: str) -> dict[str, Any]:
     hparams = {k: v for k, v in to_plain(dict(model.hparams)).items() if not _is_note(v)}
     versions = {o: _version(o) for o in ("autotimm", "torch", "timm", *(["transformers"] if kind == "transformers" else []))}
     return {"format": kind, "task": type(model).__name__, "versions": {k: v for k, v in versions.items() if v}, "hparams": hparams}
+
+def _is_classifier(model: Any) -> bool:
+    return isinstance(getattr(model, "backbone", None), Backbone) and isinstance(getattr(model, "head", None), ClassificationHead)
 
 def _names(model: Any) -> list[str]:
     "A name for every class: its number where it has none."
@@ -177,6 +182,7 @@ def _write_native(model: Any, folder: Path, late: bool = False) -> Callable[[], 
     _write_json(folder / "preprocessor_config.json", _processor(model.data_config))
     return lambda: _read_native(folder, "the folder")
 
+# %% ../nbs/18_hub.ipynb #8671da13
 def _read_native(folder: Path, where: str) -> Any:
     "transformers' own classifier of a folder."
     transformers = require("transformers", why=f"{where} holds a transformers model, and reading it")
@@ -340,9 +346,6 @@ def is_pretrained_folder(
     "Whether a folder was written by `save_pretrained`."
     return "hparams" in _our_block(Path(folder).expanduser())
 
-def _is_classifier(model: Any) -> bool:
-    return isinstance(getattr(model, "backbone", None), Backbone) and isinstance(getattr(model, "head", None), ClassificationHead)
-
 _WRITERS: dict[str, list[Callable[[Any, Path], Callable[[], Any]]]] = {
     "timm": [_write_timm], "transformers": [_write_native, functools.partial(_write_native, late=True)]}
 
@@ -360,6 +363,7 @@ def _write_model(model: Any, folder: Path) -> tuple[str, str]:
     _write_own(model, folder)
     return "autotimm", "Saved in a format that only autotimm loads" + (f", since {reason}." if reason else ".")
 
+# %% ../nbs/18_hub.ipynb #70ee189d
 def save_pretrained(
     model: Any,                                     # a task
     folder: str | os.PathLike[str],                 # new, empty, or one that was saved before
@@ -522,6 +526,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, private: bool | None, revisi
     work: list[Any] = [*(CommitOperationDelete(o) for o in stale), *(CommitOperationAdd(k, v) for k, v in ours.items())]
     return str(api.create_commit(repo_id, work, commit_message=message, revision=revision).commit_url)
 
+# %% ../nbs/18_hub.ipynb #602cd74c
 def push_to_hub(
     model: Any,                             # a task, or a folder that `save_pretrained` wrote
     repo_id: str,                           # 'org/name'; made if there is none
@@ -550,8 +555,7 @@ def push_to_hub(
 def _task_of(hparams: Mapping[str, Any], where: str) -> type:
     "The task whose constructor takes these hyperparameters, the one with the fewest others if there are several."
     if isinstance(named := hparams.get("task"), str): return find_task(named)
-    package = importlib.import_module("autotimm")
-    known = [*TASKS.values(), *(getattr(package, o) for o in package.__all__ if o.endswith(("Classifier", "Segmentor", "Detector")))]
+    known = [*TASKS.values(), *_library_tasks().values()]
     fits = {o: set(inspect.signature(o).parameters) for o in known if set(hparams) <= set(inspect.signature(o).parameters) and hparams}
     if not fits: raise ValueError(f"{where} is of no task of this library: no constructor takes {sorted(hparams)[:5]}. Give the class: cls=YourTask.")
     return min(fits, key=lambda o: len(fits[o]))

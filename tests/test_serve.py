@@ -6,7 +6,9 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -342,6 +344,32 @@ def test_a_saved_model_is_served_from_its_folder(classifier, tmp_path):
         said = ask(port, body=JPEG)[2]["results"][0]
         assert said["top"][0]["score"] == pytest.approx(classifier.predict(JPEG)[0].score, abs=1e-5)
         assert ask(port, "GET", "/info")[2]["title"] == "shapes"
+
+
+def test_an_onnx_file_is_served(classifier, tmp_path):
+    pytest.importorskip("onnxruntime")
+    export = pytest.importorskip("autotimm.export")
+    path = export.export_to_onnx(classifier, tmp_path / "shapes.onnx")
+    with running(path) as port, ThreadPoolExecutor(4) as pool:
+        info = ask(port, "GET", "/info")[2]
+        assert (info["task"], info["class_names"], info["title"]) == ("classification", ["circle", "square", "triangle"], "shapes.onnx")
+        wanted = dict(classifier.predict(JPEG)[0].top())
+        for status, _, said in pool.map(lambda _: ask(port, body=JPEG), range(8)):
+            assert status == 200 and {o["label"]: o["score"] for o in said["results"][0]["top"]} == pytest.approx(wanted, abs=1e-4)
+
+
+def test_serve_runs_until_it_is_interrupted():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_serve import Stub; from autotimm.serve import serve; serve(Stub(1.0), port=0)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stderr=subprocess.PIPE, text=True)
+    try:
+        port = next(int(found[1]) for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(ask, port, body=JPEG)
+            until(lambda: ask(port, "GET", "/health")[2]["inside"] == 1)
+            process.send_signal(signal.SIGINT)
+            assert reply.result(10)[0] == 200
+        assert process.wait(10) == 0 and "Traceback" not in process.stderr.read()
+    finally: process.kill()
 
 
 CHROMIUM = next((o for o in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(o)), None)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINING', 'build_parser', 'load_model', 'model_folder', 'load_checkpoint', 'do_predict', 'do_export', 'do_push',
-           'do_convert', 'write_checkpoint', 'describe', 'do_info', 'do_backbones', 'do_serve', 'do_demo',
-           'do_training', 'main']
+           'do_convert', 'describe', 'do_info', 'do_backbones', 'do_serve', 'do_demo', 'do_training', 'main']
 
 # %% ../nbs/34_cli.ipynb #8d6c23dd
 import argparse
@@ -132,10 +131,7 @@ def model_folder(
         raise FileNotFoundError(f"{name} is a run that has not come to its end: it has no model folder. Go on with autotimm fit --resume {name}, or give its checkpoint.")
     return name
 
-# %% ../nbs/34_cli.ipynb #0c181399
-_SIGNS = {"mask_size": "InstanceSegmentor", "detection_arch": "ObjectDetector", "total_epochs": "YOLOXDetector", "head_type": "SemanticSegmentor",
-          "multi_label": "ImageClassifier"}
-
+# %% ../nbs/34_cli.ipynb #2f10a960
 def load_checkpoint(
     path: str,                # a Lightning checkpoint of one of our tasks
 ) -> Any:                     # the model, in eval mode
@@ -143,12 +139,11 @@ def load_checkpoint(
     import torch
 
     from autotimm.checkpoints import named_errors
+    from autotimm.hub import _task_of
     if not os.path.isfile(path): raise FileNotFoundError(f"{path}: there is no such file.")
     with named_errors(path): known = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
-    name = next((cls for sign, cls in _SIGNS.items() if sign in known), None)
-    if name is None: raise ValueError(f"{path} is not a checkpoint of one of our tasks: its hyperparameters are {', '.join(known) or 'none'}.")
-    from autotimm import tasks
-    return getattr(tasks, name).load_from_checkpoint(path, map_location="cpu")
+    task: Any = _task_of(known, path)
+    return task.load_from_checkpoint(path, map_location="cpu")
 
 # %% ../nbs/34_cli.ipynb #16b1bac1
 def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
@@ -200,34 +195,17 @@ def do_push(args: argparse.Namespace) -> None:
     "Push a model folder to the Hub."
     from autotimm import hub
     folder = model_folder(args.folder)
-    if not hub.is_pretrained_folder(folder): raise FileNotFoundError(f"{folder} is no model folder: expected config.json and model.safetensors in it, as autotimm fit writes them.")
-    print(hub.push_to_hub(hub.load_pretrained(folder), args.repo_id, **_given(args, private="private", revision="revision", message="commit_message")))
+    if not os.path.isdir(folder): raise FileNotFoundError(f"{folder}: there is no such folder.")
+    print(hub.push_to_hub(folder, args.repo_id, **_given(args, private="private", revision="revision", message="commit_message")))
 
 def do_convert(args: argparse.Namespace) -> None:
     "A model folder of a checkpoint, or the other way round."
     if os.path.exists(args.target) and (os.path.isfile(args.target) or os.listdir(args.target)):
         raise FileExistsError(f"{args.target} exists and is not written over. Remove it, or choose another.")
     if not args.source.endswith(".ckpt") and not args.target.endswith(".ckpt"): raise ValueError("One of SOURCE and TARGET has to be a .ckpt file.")
-    model = load_model(args.source)
-    if args.target.endswith(".ckpt"): write_checkpoint(model, args.target)
-    else:
-        from autotimm.hub import save_pretrained
-        save_pretrained(model, args.target)
-    print(args.target)
-
-def write_checkpoint(
-    model: Any,               # one of our tasks
-    path: str,                # file to write
-) -> None:
-    "A Lightning checkpoint of a model, to be loaded with `load_from_checkpoint`."
-    from pytorch_lightning import Trainer
-
-    from autotimm.callbacks import quiet
-    from autotimm.checkpoints import AtomicCheckpointIO
-    with quiet(everything=True):
-        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-        trainer.strategy.connect(model)
-        AtomicCheckpointIO().save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(weights_only=True), path)
+    from autotimm import hub
+    if args.target.endswith(".ckpt"): print(hub.folder_to_checkpoint(model_folder(args.source), args.target))
+    else: print(hub.convert_checkpoint(args.source, args.target))
 
 # %% ../nbs/34_cli.ipynb #774719f8
 def describe(
@@ -238,7 +216,7 @@ def describe(
     from autotimm.core import count_parameters, to_plain
     names, config = getattr(model, "class_names", None), dict(getattr(model, "data_config", None) or {})
     hparams = getattr(model, "hparams", {})
-    found = {"task": getattr(model, "task_name", None), "class": type(model).__name__, "backbone": hparams.get("backbone_name") or hparams.get("model_name"),
+    found: dict[str, Any] = {"task": getattr(model, "task_name", None), "class": type(model).__name__, "backbone": hparams.get("backbone_name") or hparams.get("model_name"),
              "classes": len(names) if names else getattr(model, "num_classes", None), "class_names": list(names) if names else None,
              "parameters": count_parameters(model, trainable_only=False) if hasattr(model, "parameters") else None, "preprocessing": to_plain(config)}
     for path in (Path(folder).parent / "run.json", Path(folder) / "run.json"):
@@ -317,10 +295,6 @@ def _run(given: list[str]) -> int:
         print(version("autotimm"))
         return 0
     if args.verb is None: parser.error("a verb is missing: autotimm --help lists them")
-    defaults = {"predict": {"batch_size": 32, "on_bad_image": "report"}, "backbones": {"pattern": "*", "limit": 20}, "demo": {"out": "autotimm-demo"},
-                "serve": {"host": "127.0.0.1", "port": 8000}}
-    for name, value in defaults.get(args.verb, {}).items():
-        if not hasattr(args, name): setattr(args, name, value)
     _VERBS[args.verb](args)
     return 0
 

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'option_docs', 'AutoTimmCLI', 'full_signature', 'TaskClasses', 'best_metric', 'short_parser', 'data_options',
-           'Plan', 'make_plan', 'portable_path', 'new_folder', 'check_free', 'find_checkpoint', 'RunCLI',
-           'interruptible', 'how_to_go_on', 'plain_numbers', 'write_history', 'settings_of', 'best_model', 'evaluate',
-           'finish_run', 'run_fit', 'run_evaluation', 'check_names']
+           'Plan', 'make_plan', 'own_modules', 'portable_path', 'new_folder', 'check_free', 'find_checkpoint',
+           'PlannedCLI', 'RunCLI', 'interruptible', 'how_to_go_on', 'plain_numbers', 'write_history', 'settings_of',
+           'best_model', 'evaluate', 'finish_run', 'run_fit', 'run_evaluation', 'check_names']
 
 # %% ../nbs/33_training_cli.ipynb #cfea3c4a
 import argparse
 import contextlib
 import csv
 import inspect
+import itertools
 import json
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +35,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from .backbones import BackboneConfig, FeatureBackboneConfig, HubError
 from .callbacks import is_rank_zero, quiet, say
-from .checkpoints import LAST_NAME, find_last
+from .checkpoints import LAST_NAME, find_last, named_errors
 from .core import atomic_path, import_object, lookup, require
 from .data.datamodule import (DetectionDataModule, ImageDataModule, InstanceSegmentationDataModule, MultiLabelImageDataModule,
                                       SegmentationDataModule)
@@ -65,6 +67,7 @@ def option_docs(
         found = {**{k: v for k, v in docments(own).items() if v}, **found}
     return found
 
+# %% ../nbs/33_training_cli.ipynb #6261adaf
 class AutoTimmCLI(LightningCLI):
     "`LightningCLI`: YAML files, overrides and `--help` for any model, data and trainer."
     def init_parser(self, **kwargs: Any) -> Any:
@@ -93,6 +96,7 @@ def full_signature(
     Full.__name__, Full.__qualname__, Full.__module__, Full.__doc__ = cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__
     return Full
 
+# %% ../nbs/33_training_cli.ipynb #fb2387d9
 @dataclass(frozen=True)
 class TaskClasses:
     "What a task is made of."
@@ -146,6 +150,12 @@ def short_parser(
     add("--workers", metavar="N", help="processes that read images")
     return parser
 
+# %% ../nbs/33_training_cli.ipynb #d617b9c1
+def _lies_in(folder: Path, table: str) -> bool:
+    "Whether a folder holds the image of a table's first row."
+    with open(Path(table).expanduser(), newline="", encoding="utf-8") as file: rows = list(itertools.islice(csv.reader(file), 2))
+    return len(rows) > 1 and any(o and (folder / o).is_file() for o in rows[1])
+
 def data_options(
     task: str,                # name of a task
     where: str,               # folder or CSV file
@@ -156,7 +166,10 @@ def data_options(
     if path.is_file(): return {"train_csv": where}
     tables = {f"{o}_csv": os.path.join(where, f"{o}.csv") for o in ("train", "val", "test") if (path / f"{o}.csv").is_file()}
     splits = task in ("classification", "multilabel", "segmentation") and not find_split_folders(path)
-    if "train_csv" in tables and (splits or task == "multilabel"): return tables
+    if "train_csv" in tables and (splits or task == "multilabel"):
+        root = path / "images" if _lies_in(path / "images", tables["train_csv"]) else None
+        if root is not None: tables["data_dir" if task == "segmentation" else "image_dir"] = os.path.join(where, "images")
+        return tables
     if task == "multilabel": raise FileNotFoundError(f"--data {where}: several labels an image are read from tables; there is no train.csv.")
     return {"data_dir": where}
 
@@ -177,6 +190,7 @@ def _stated(args: Sequence[str]) -> dict[str, Any]:
             merged[key] = {**merged[key], **value} if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) else value
     return merged
 
+# %% ../nbs/33_training_cli.ipynb #5a67f0cc
 @dataclass
 class Plan:
     "What is to be run, as known before the full parser."
@@ -197,6 +211,7 @@ class Plan:
         "Where the arguments of a group stand."
         return f"{group}.init_args." if (self.own_model if group == "model" else self.own_data) else f"{group}."
 
+# %% ../nbs/33_training_cli.ipynb #d537e32e
 def make_plan(
     verb: str,                      # 'fit', 'validate' or 'test'
     args: Sequence[str],            # of the command line
@@ -219,12 +234,24 @@ def _translated(plan: Plan) -> list[str]:
     size = (data if plan.own_model else model) + "image_size"
     names = {"backbone": backbone, "lr": model + "lr", "image_size": size, "epochs": "trainer.max_epochs", "seed": "seed_everything",
              "batch_size": data + "batch_size", "workers": data + "num_workers"}
-    out = ["--task", plan.task]
+    out = [f"--task={plan.task}"]
     for name, full in names.items():
-        if short.get(name) is not None: out += [f"--{full}", short[name]]
+        if short.get(name) is not None: out.append(f"--{full}={short[name]}")
     if short["data"] is not None:
-        for name, value in data_options(plan.task, short["data"]).items(): out += [f"--{data}{name}", value]
+        for name, value in data_options(plan.task, short["data"]).items(): out.append(f"--{data}{name}={value}")
     return out
+
+# %% ../nbs/33_training_cli.ipynb #713d9004
+@contextlib.contextmanager
+def own_modules(
+    args: Sequence[str],            # of the command line
+) -> Iterator[None]:
+    "Modules in the current folder and beside the configuration files can be imported in a block."
+    folders = [os.getcwd(), *(os.path.dirname(os.path.abspath(o)) for o in _configs(args))]
+    added = [o for o in dict.fromkeys(folders) if o not in sys.path]
+    sys.path += added
+    try: yield
+    finally: sys.path[:] = [o for o in sys.path if o not in added]
 
 # %% ../nbs/33_training_cli.ipynb #fa065f03
 def portable_path(
@@ -272,6 +299,7 @@ def check_free(
                               f"autotimm fit --resume {path}")
     return path
 
+# %% ../nbs/33_training_cli.ipynb #4c5b3b55
 def find_checkpoint(
     run: Path,                      # a run folder
     which: str = "best",            # 'best', 'last' or a file
@@ -287,22 +315,10 @@ def find_checkpoint(
     return best[-1] if best and which == "best" else last
 
 # %% ../nbs/33_training_cli.ipynb #a173205b
-_SETTLED = ("image_size", "in_chans", "drop_rate", "drop_path_rate")
-
-def _read_hparams(path: Path | str) -> dict[str, Any]:
-    "The hyperparameters in a checkpoint."
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
-
-class RunCLI(AutoTimmCLI):
-    "The command line of one run: classes by task, the number of classes from the data."
-    trainer: AutoTrainer
-    def __init__(
-        self,
-        plan: Plan,                           # of `make_plan`
-        run_folder: Path | None = None,       # where the trainer writes; None: `fit` makes one
-        checkpoint: Path | None = None,       # that the run starts from
-    ) -> None:
-        self.plan, self.run_folder, self.checkpoint = plan, run_folder, checkpoint
+class PlannedCLI(AutoTimmCLI):
+    "A command line whose classes a plan has chosen; the number of classes comes from the data."
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         monitor, mode = ("val/loss", "min") if plan.own_model else best_metric(plan.classes.kind)
         with quiet(everything=True): super().__init__(
             None if plan.own_model else plan.classes.model, None if plan.own_data else plan.classes.data, save_config_callback=None,
@@ -340,6 +356,25 @@ class RunCLI(AutoTimmCLI):
         seed = self.config.seed_everything
         if seed is not False: pl.seed_everything(0 if seed is True else seed, workers=True, verbose=False)
 
+# %% ../nbs/33_training_cli.ipynb #0c78b4e8
+_SETTLED = ("image_size", "in_chans", "drop_rate", "drop_path_rate")
+
+def _read_hparams(path: Path | str) -> dict[str, Any]:
+    "The hyperparameters in a checkpoint."
+    with named_errors(path): return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+
+class RunCLI(PlannedCLI):
+    "The command line of one run."
+    trainer: AutoTrainer
+    def __init__(
+        self,
+        plan: Plan,                           # of `make_plan`
+        run_folder: Path | None = None,       # where the trainer writes; None: `fit` makes one
+        checkpoint: Path | None = None,       # that the run starts from
+    ) -> None:
+        self.run_folder, self.checkpoint = run_folder, checkpoint
+        super().__init__(plan)
+
     def before_instantiate_classes(self) -> None:
         "`--no-pretrained`, which changes the backbone whatever stated it."
         if not getattr(self.plan.short, "no_pretrained", False) or self.plan.task == "yolox": return
@@ -355,7 +390,7 @@ class RunCLI(AutoTimmCLI):
         try:
             with warnings.catch_warnings():
                 # What is resolved is never saved.
-                warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
+                warnings.filterwarnings("ignore", message=r"\s*(Unable to serialize instance|Dump of a value)")
                 super().instantiate_classes()
         finally: self.config = stated
 
@@ -397,11 +432,16 @@ def interruptible(
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try: yield
-    except SystemExit as e:
-        if trainer.interrupted: raise KeyboardInterrupt from e
+    except (SystemExit, RuntimeError) as e:
+        if trainer.interrupted and _after_interrupt(e): raise KeyboardInterrupt from e
         raise
     finally:
         if main: signal.signal(signal.SIGINT, handler)
+
+def _after_interrupt(error: BaseException | None) -> bool:
+    "Whether an error follows on Ctrl-C: torch has one of its own when it is interrupted while it writes a file."
+    while error is not None and not isinstance(error, KeyboardInterrupt): error = error.__context__
+    return error is not None
 
 def how_to_go_on(
     run: Path,                      # a run folder
@@ -432,6 +472,7 @@ def write_history(
         writer.writeheader()
         writer.writerows(rows)
 
+# %% ../nbs/33_training_cli.ipynb #1e13d180
 def settings_of(
     cli: RunCLI,                    # of the run
 ) -> dict[str, Any]:                # name -> value
@@ -455,6 +496,7 @@ def best_model(
     cli.model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
     return cli.model.cpu().eval()
 
+# %% ../nbs/33_training_cli.ipynb #93cd839a
 def evaluate(
     cli: RunCLI,                    # of a run that is over
     checkpoint: str,                # to evaluate
@@ -515,7 +557,7 @@ def run_fit(
     if short.resume is not None:
         if short.out is not None: raise ValueError("--out and --resume each name a run folder; give one.")
         args, last = _resumed(Path(short.resume), args)
-    with _named_failures():
+    with _named_failures(), own_modules(args):
         cli = RunCLI(make_plan("fit", args), _given_folder(short), last)
         run, trainer = cli.run_folder, cli.trainer
         assert run is not None
@@ -532,6 +574,7 @@ def run_fit(
     _print_metrics(metrics)
     return run
 
+# %% ../nbs/33_training_cli.ipynb #932d2156
 def _resumed(run: Path, args: Sequence[str]) -> tuple[list[str], Path | None]:
     "The arguments of a run that goes on, and its last checkpoint."
     config = run / "config.yaml"
@@ -547,7 +590,7 @@ def _given_folder(short: argparse.Namespace) -> Path | None:
     if rank: raise ValueError("Processes that were started by another program need one run folder: give --out.")
     return None
 
-# %% ../nbs/33_training_cli.ipynb #932d2156
+# %% ../nbs/33_training_cli.ipynb #a96d5119
 def run_evaluation(
     verb: str,                      # 'validate' or 'test'
     args: Sequence[str],            # of the command line; the first may be a run folder
@@ -563,7 +606,7 @@ def run_evaluation(
     if run is None and plan.short.ckpt in ("best", "last"):
         raise ValueError(f"autotimm {verb} needs a run folder, or --config FILE and --ckpt FILE.")
     checkpoint = find_checkpoint(run or Path("."), plan.short.ckpt)
-    with _named_failures():
+    with _named_failures(), own_modules(args):
         cli = RunCLI(plan, None, checkpoint)
         check_names(checkpoint, cli.datamodule)
         with interruptible(cli.trainer), quiet(everything=True):
@@ -573,6 +616,7 @@ def run_evaluation(
     _print_metrics(metrics)
     return metrics
 
+# %% ../nbs/33_training_cli.ipynb #42f81d61
 def check_names(
     checkpoint: Path,               # of a model
     data: Any,                      # data module it shall be evaluated on

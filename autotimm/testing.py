@@ -675,9 +675,10 @@ def _delete_repo(hub: "LocalHub", call: _Call) -> _Answer:
 
 # %% ../nbs/01_testing.ipynb #638c4108
 def _preupload(hub: "LocalHub", call: _Call) -> _Answer:
-    "Say that every file goes into the commit itself, so that no other store is needed."
-    _commit(_writable(hub, call), call.revision)
-    return _json(dict(files=[dict(path=o["path"], uploadMode="regular", shouldIgnore=False, oid=None)
+    "Say that every file goes into the commit itself, so that no other store is needed, and which of them are there already."
+    repo = _writable(hub, call)
+    held = {k: blob_id(v) for k, v in repo.commits[_commit(repo, call.revision)].items()}
+    return _json(dict(files=[dict(path=o["path"], uploadMode="regular", shouldIgnore=False, oid=held.get(o["path"]))
                              for o in call.json()["files"]]))
 
 def _push(hub: "LocalHub", call: _Call) -> _Answer:

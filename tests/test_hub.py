@@ -1,0 +1,473 @@
+"""What no notebook of the hub can hold: the real tasks in every library, real clients over LocalHub, a process that dies while it saves."""
+import getpass
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from huggingface_hub import ModelCard, list_repo_commits, list_repo_files, model_info
+from PIL import Image
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+
+from autotimm import BackboneConfig, HubError, ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, YOLOXDetector
+from autotimm.backbones import HubAccessError, HubCorruptError, HubNotFoundError, HubOfflineError, create_backbone, create_feature_backbone
+from autotimm.hub import convert_checkpoint, folder_to_checkpoint, is_pretrained_folder, load_pretrained, push_to_hub, save_pretrained
+from autotimm.testing import LocalHub
+
+SMALL = BackboneConfig("test_resnet", pretrained=False)
+ODD = ["a: 'b' \"c\"", "<b>|`x`|</b>\n# head", "---", "---", "雪 ☃", ""]
+TOKENS = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64, image_size=64, patch_size=16)
+DINO = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14)
+STAGES = dict(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 2, 1])
+WINDOWS = dict(embed_dim=12, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=128)
+HEADS = dict(num_attention_heads=[1, 2, 2, 4], hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1])
+NATIVE = {
+    "ViT": TOKENS, "DeiT": TOKENS, "Beit": TOKENS, "ViTMSN": TOKENS, "Dinov2": DINO, "Dinov2WithRegisters": DINO, "Swin": WINDOWS, "Swinv2": WINDOWS,
+    "ConvNext": {**STAGES, "image_size": 64}, "ConvNextV2": {**STAGES, "image_size": 64}, "ResNet": {**STAGES, "embedding_size": 16},
+    "RegNet": {**STAGES, "embedding_size": 16, "groups_width": 8}, "Segformer": HEADS, "PvtV2": {**HEADS, "image_size": 64},
+    "Hiera": dict(embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], image_size=[64, 64]), "MobileViT": dict(image_size=64),
+    "MobileNetV2": dict(depth_multiplier=0.35, image_size=64),
+    "EfficientNet": dict(width_coefficient=0.35, depth_coefficient=0.35, hidden_dim=448, image_size=64)}
+
+
+@pytest.fixture(autouse=True)
+def no_bars(): transformers.utils.logging.disable_progress_bar()
+
+
+def classifier(backbone=SMALL, classes=3, **kwargs) -> ImageClassifier:
+    torch.manual_seed(0)
+    model = ImageClassifier(backbone, classes, **kwargs).eval()
+    with torch.no_grad():
+        for p in model.head.parameters(): p.normal_(0, 0.1)
+    return model
+
+
+def batch(model) -> torch.Tensor: return torch.randn(2, *model.data_config["input_size"], generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, x): return model.eval()(x).detach()
+
+
+def photo(width=131, height=90) -> Image.Image: return Image.effect_mandelbrot((width, height), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+
+
+def config(folder) -> dict: return json.loads((Path(folder) / "config.json").read_text())
+
+
+# ---- classifiers on timm
+
+@pytest.mark.parametrize("name, exact", [("test_resnet", True), ("test_vit", True), ("dla46_c", True), ("shvit_s1", True), ("levit_128s", True),
+                                         ("deit_tiny_distilled_patch16_224", False), ("efficientvim_m1", False)])
+def test_a_classifier_is_a_timm_repository(name, exact, tmp_path):
+    model = classifier(BackboneConfig(name, pretrained=False), class_names=["one", "two", "three"])
+    folder, x = model.save_pretrained(tmp_path / "net"), batch(model)
+    ours = logits(model, x)
+    in_timm = logits(timm.create_model(f"local-dir:{folder}", pretrained=True), x)
+    assert torch.equal(in_timm, ours) if exact else torch.allclose(in_timm, ours, atol=1e-5)
+    other = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert torch.allclose(other(x).logits, ours, atol=1e-5)
+    assert list(other.config.id2label.values()) == ["one", "two", "three"] and other.config.label2id["three"] == 2
+    again = load_pretrained(folder)
+    assert type(again) is ImageClassifier and not again.training
+    assert torch.allclose(logits(again, x), ours, atol=1e-6)
+
+
+def test_pipeline_says_what_predict_says(tmp_path):
+    model = classifier(BackboneConfig("test_vit", pretrained=False), class_names=["one", "two", "three"], image_size=96)
+    folder = model.save_pretrained(tmp_path / "net")
+    said = {o["label"]: o["score"] for o in pipeline("image-classification", model=str(folder))(photo())}
+    result = model.predict([photo()])[0]
+    assert said == pytest.approx(dict(zip(["one", "two", "three"], result.probabilities.tolist())), abs=1e-3)
+
+
+@pytest.mark.parametrize("backbone", [SMALL, transformers.ViTConfig(**TOKENS)], ids=["timm", "transformers"])
+def test_several_labels_use_a_sigmoid(backbone, tmp_path):
+    model = classifier(backbone, class_names=["one", "two", "three"], multi_label=True)
+    folder = model.save_pretrained(tmp_path / "net")
+    assert config(folder)["problem_type"] == "multi_label_classification"
+    said = {o["label"]: o["score"] for o in pipeline("image-classification", model=str(folder))(photo())}
+    assert said == pytest.approx(dict(zip(["one", "two", "three"], model.predict([photo()])[0].probabilities.tolist())), abs=1e-3)
+    assert load_pretrained(folder).multi_label
+
+
+def test_arguments_of_the_network_travel(tmp_path):
+    model = classifier(BackboneConfig("test_vit", pretrained=False, drop_path_rate=0.1, extra_kwargs=dict(global_pool="avg")), in_chans=1, image_size=64)
+    folder, x = model.save_pretrained(tmp_path / "net"), batch(model)
+    assert x.shape == (2, 1, 64, 64)
+    assert config(folder)["model_args"] == {"in_chans": 1, "img_size": 64, "global_pool": "avg"}
+    other = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(logits(other, x), logits(model, x))
+    found = timm.data.resolve_model_data_config(other)
+    for key in ("input_size", "mean", "std", "crop_pct", "interpolation"): assert np.array_equal(found[key], model.data_config[key]), key
+    assert load_pretrained(folder).hparams["backbone"]["args"]["drop_path_rate"] == 0.1
+
+
+@pytest.mark.parametrize("size", [(131, 90), (90, 131), (64, 64), (500, 375)])
+def test_pixels_of_every_library_agree(size, tmp_path):
+    model = classifier(image_size=64)
+    folder = model.save_pretrained(tmp_path / "net")
+    ours, grey = model.preprocess(photo(*size))[0], 1.01 / 255 / min(model.data_config["std"])
+    in_timm = timm.data.create_transform(**timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}")), is_training=False)(photo(*size))
+    in_transformers = AutoImageProcessor.from_pretrained(folder)(photo(*size)).pixel_values[0]
+    for other in (in_timm, in_transformers): assert other.shape == ours.shape and (other - ours).abs().max() <= grey
+
+
+def test_odd_names_break_nothing(tmp_path):
+    model = classifier(classes=6, class_names=ODD)
+    folder = model.save_pretrained(tmp_path / "net", metrics={"a: |b|": 0.5, "n": float("inf")}, data="x: [y]\n- z", card="## Hello", tags=["a: b", "c"])
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(text)
+    assert card.data.tags == ["image-classification", "timm", "autotimm", "a: b", "c"]
+    assert [(o.metric_name, o.metric_value) for o in card.data.eval_results] == [("a: |b|", 0.5)]
+    rows = [o for o in text.split("## Classes")[1].splitlines() if o.startswith("| ")]
+    assert len(rows) == 7 and all(len(re.findall(r"(?<!\\)\|", o)) == 3 for o in rows) and "<b>" not in text
+    other = AutoModelForImageClassification.from_pretrained(folder)
+    assert list(other.config.id2label.values()) == ODD
+    assert load_pretrained(folder).class_names == ODD
+    assert pipeline("image-classification", model=str(folder))(photo())[0]["label"] in ODD
+
+
+def test_a_thousand_classes_without_names_are_not_imagenet(tmp_path):
+    folder = classifier(classes=1000).save_pretrained(tmp_path / "net")
+    assert AutoModelForImageClassification.from_pretrained(folder).config.id2label[7] == "7"
+    assert load_pretrained(folder).class_names is None
+    assert "900 more are in config.json" in (folder / "README.md").read_text()
+
+
+def test_licence_and_origin_of_the_weights_stand_in_the_card(tmp_path):
+    with LocalHub() as hub:
+        hub.add_timm("timm/test_vit.r160_in1k", "test_vit")
+        model = classifier("test_vit")
+        again = ImageClassifier(model.hparams["backbone"], 3)
+    for o in (model, again):
+        data = ModelCard.load(o.save_pretrained(tmp_path / "net") / "README.md").data
+        assert data.license == "apache-2.0" and data.base_model == "timm/test_vit.r160_in1k"
+    assert ModelCard.load(classifier().save_pretrained(tmp_path / "net") / "README.md").data.license is None
+    other = ModelCard.load(classifier().save_pretrained(tmp_path / "net", license="house rules") / "README.md").data.to_dict()
+    assert (other["license"], other["license_name"]) == ("other", "house rules")
+
+
+def test_nothing_of_the_machine_is_told(tmp_path):
+    timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path / "weights", safe_serialization=True)
+    model = classifier(BackboneConfig(str(tmp_path / "weights")))
+    folder = model.save_pretrained(tmp_path / "net", data=str(tmp_path / "photos"), training={"data_dir": str(tmp_path / "photos")})
+    secrets = [str(tmp_path), str(Path.home()), os.getcwd(), *(o for o in (socket.gethostname(), getpass.getuser()) if len(o) > 4)]
+    for path in folder.iterdir():
+        head = path.read_bytes() if path.suffix != ".safetensors" else path.read_bytes()[:20000]
+        for secret in secrets: assert len(secret) < 4 or secret.encode() not in head, (path.name, secret)
+
+
+# ---- classifiers on transformers
+
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.filterwarnings("ignore")
+def test_a_classifier_is_transformers_own_class(family, tmp_path):
+    values = NATIVE[family]
+    backbone = create_backbone(getattr(transformers, f"{family}Config")(**values), **({} if "image_size" in values else dict(image_size=64)))
+    model = classifier(backbone, class_names=["one", "two", "three"])
+    folder, x = model.save_pretrained(tmp_path / "net"), batch(model)
+    assert config(folder)["architectures"] == [f"{family}ForImageClassification"]
+    other = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert torch.allclose(other(x).logits, logits(model, x), atol=1e-5) and other.config.id2label[2] == "three"
+    assert torch.equal(logits(load_pretrained(folder), x), logits(model, x))
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert (processor(photo(128, 96), return_tensors="pt").pixel_values[0] - model.preprocess(photo(128, 96))[0]).abs().max() < 1e-5
+    found = pipeline("image-classification", model=other, image_processor=processor)(photo(128, 96))
+    assert {o["label"]: o["score"] for o in found} == pytest.approx(
+        dict(zip(["one", "two", "three"], model.predict([photo(128, 96)])[0].probabilities.tolist())), abs=1e-4)
+
+
+@pytest.mark.parametrize("family, values, pooling, start", [("Dinov2", DINO, "mean", 48), ("SiglipVision", TOKENS, "mean", 0), ("CLIPVision", TOKENS, "mean", 0)])
+@pytest.mark.filterwarnings("ignore")
+def test_pooling_decides_whether_there_is_a_native_class(family, values, pooling, start, tmp_path):
+    made = getattr(transformers, f"{family}Config")(**values)
+    model = classifier(create_backbone(made, pooling=pooling))
+    folder, x = model.save_pretrained(tmp_path / "net"), batch(model)
+    assert config(folder)["autotimm"]["features_from"] == start
+    assert torch.allclose(AutoModelForImageClassification.from_pretrained(folder).eval()(x).logits, logits(model, x), atol=1e-5)
+    assert torch.equal(logits(load_pretrained(folder), x), logits(model, x))
+
+
+@pytest.mark.parametrize("family, values, why", [("PoolFormer", STAGES, "logits there differ"), ("DINOv3ViT", TOKENS, "no class for image classification"),
+                                                 ("SiglipVision", TOKENS, "logits there differ")])
+def test_what_transformers_cannot_express_says_so(family, values, why, tmp_path):
+    model = classifier(create_backbone(getattr(transformers, f"{family}Config")(**values), **({} if "image_size" in values else dict(image_size=64))))
+    with pytest.warns(UserWarning, match=f"only autotimm loads, since .*{why}"): folder = save_pretrained(model, tmp_path / "net")
+    assert config(folder)["autotimm"]["format"] == "autotimm" and "model_type" not in config(folder)
+    text = (folder / "README.md").read_text()
+    assert why.split()[-1] in text and "transformers import" not in text
+    assert torch.equal(logits(load_pretrained(folder), batch(model)), logits(model, batch(model)))
+
+
+# ---- dense tasks and backbones
+
+@pytest.mark.parametrize("make", [lambda: SemanticSegmentor(SMALL, 3), lambda: ObjectDetector(SMALL, 3), lambda: InstanceSegmentor(SMALL, 3),
+                                  lambda: YOLOXDetector("yolox-nano", 3)], ids=["segmentor", "detector", "instances", "yolox"])
+def test_dense_tasks_come_back(make, tmp_path):
+    torch.manual_seed(0)
+    model = make().eval()
+    model.hparams["class_names"] = ["one", "two", "three"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder = model.save_pretrained(tmp_path / "net", metrics={"val/map": 0.5})
+    again = type(model).from_pretrained(folder)
+    assert type(again) is type(model) and again.class_names == ["one", "two", "three"]
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    x = torch.rand(1, 3, 64, 64)
+    one, two = (json.dumps([o.tolist() for o in _flat(o.predict(x))]) for o in (model, again))
+    assert one == two
+    assert config(folder)["id2label"] == {"0": "one", "1": "two", "2": "three"}
+    with pytest.raises((RuntimeError, KeyError)): timm.create_model(f"local-dir:{folder}")
+    # A checkpoint and back, the class found by its hyperparameters.
+    run = folder_to_checkpoint(folder, tmp_path / "run.ckpt")
+    loaded = type(model).load_from_checkpoint(run).state_dict()
+    assert all(torch.equal(a[k], loaded[k]) for k in a)
+    assert type(load_pretrained(convert_checkpoint(run, tmp_path / "back"))) is type(model)
+
+
+def _flat(output):
+    if isinstance(output, torch.Tensor): return [output]
+    return [t for o in (output.values() if isinstance(output, dict) else output) for t in _flat(o)]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_a_timm_backbone_is_taken_out(name, tmp_path):
+    model = SemanticSegmentor(BackboneConfig(name, pretrained=False), 3).eval()
+    folder = model.backbone.save_pretrained(tmp_path / "backbone")
+    x = torch.randn(2, *model.data_config["input_size"])
+    whole = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()        # strict
+    indices = [o["index"] for o in model.backbone.feature_info]
+    for a, b in zip(model.backbone(x), whole.forward_intermediates(x, indices=indices, intermediates_only=True)): assert torch.allclose(a, b, atol=1e-5)
+    own, fresh = whole.state_dict(), config(folder)["autotimm"]["fresh"]
+    assert set(fresh) == set(own) - set(model.backbone.model.state_dict())
+    again = create_feature_backbone(str(folder), out_indices=tuple(indices)).eval()
+    for a, b in zip(model.backbone(x), again(x)): assert torch.allclose(a, b, atol=1e-5)
+    assert AutoModel.from_pretrained(folder).eval()(x).last_hidden_state.isfinite().all()
+    with pytest.raises(HubCorruptError, match="has no classifier"): load_pretrained(folder)
+
+
+def test_a_transformers_backbone_is_taken_out(tmp_path):
+    model = classifier(transformers.Dinov2Config(**DINO))
+    folder = model.backbone.save_pretrained(tmp_path / "backbone")
+    other, x = AutoModel.from_pretrained(folder).eval(), batch(model)
+    assert torch.allclose(other(x).last_hidden_state, model.backbone.model(pixel_values=x).last_hidden_state, atol=1e-5)
+    assert torch.allclose(create_backbone(str(folder)).eval()(x), model.backbone(x), atol=1e-5)
+
+
+def test_ones_own_module_cannot_be_taken_out(tmp_path):
+    class Own(nn.Module):
+        num_features, data_config = 3, dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
+        def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(3))
+        def forward(self, x): return x.mean((2, 3)) * self.scale
+    model = classifier(Own())
+    with pytest.raises(ValueError, match="your own module"): model.backbone.save_pretrained(tmp_path / "backbone")
+    folder = model.save_pretrained(tmp_path / "net")
+    with pytest.raises(ValueError, match="your own module"): load_pretrained(folder)
+    x = batch(model)
+    assert torch.equal(logits(load_pretrained(folder, backbone=Own()), x), logits(model, x))
+
+
+# ---- folders
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="diary.txt"): classifier().save_pretrained(tmp_path / "notes")
+    assert [o.name for o in (tmp_path / "notes").iterdir()] == ["diary.txt"]
+    timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path / "other", safe_serialization=True)
+    with pytest.raises(FileExistsError, match="not saved by this library"): classifier().save_pretrained(tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    assert is_pretrained_folder(classifier().save_pretrained(tmp_path / "empty"))
+
+
+def test_a_process_killed_while_it_saves_leaves_the_old_folder(tmp_path):
+    old = classifier()
+    old.save_pretrained(tmp_path / "net")
+    before = {o.name: o.read_bytes() for o in (tmp_path / "net").iterdir()}
+    code = f"""
+        import os, signal
+        from autotimm import BackboneConfig, ImageClassifier, hub
+        model = ImageClassifier(BackboneConfig("test_resnet", pretrained=False), 7)
+        for moment in ("_write_json", "_write_weights", "_check_written", "_make_card"):
+            if not (child := os.fork()):
+                real = getattr(hub, moment)
+                def die(*args, **kwargs):
+                    real(*args, **kwargs)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                setattr(hub, moment, die)
+                model.save_pretrained({str(tmp_path / "net")!r})
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL, moment
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert {o.name: o.read_bytes() for o in (tmp_path / "net").iterdir()} == before
+    assert torch.equal(logits(load_pretrained(tmp_path / "net"), batch(old)), logits(old, batch(old)))
+
+
+def test_broken_folders_are_clear_errors(tmp_path):
+    model = classifier()
+    def spoil(change):
+        folder = model.save_pretrained(tmp_path / "net")
+        change(folder)
+        return folder
+    def cut(folder): (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
+    def other(folder): (folder / "model.safetensors").write_bytes((classifier(BackboneConfig("test_vit", pretrained=False)).save_pretrained(tmp_path / "o")
+                                                                   / "model.safetensors").read_bytes())
+    def pickled(folder): (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for change, error, says in ((cut, HubCorruptError, "cut or broken"), (other, HubCorruptError, "lack"), (pickled, HubCorruptError, "only as a pickle"),
+                                (lambda o: (o / "config.json").write_text("{"), HubCorruptError, "not valid JSON"),
+                                (lambda o: (o / "config.json").unlink(), HubCorruptError, "no config.json")):
+        folder = spoil(change)
+        with pytest.raises(error, match=says): load_pretrained(folder)
+        for o in folder.iterdir(): o.unlink()
+        folder.rmdir()
+
+
+def test_another_number_of_classes_takes_a_new_head(tmp_path):
+    model = classifier(class_names=["one", "two", "three"])
+    folder = model.save_pretrained(tmp_path / "net")
+    with pytest.warns(UserWarning, match="New head for 5 classes"): other = load_pretrained(folder, num_classes=5)
+    assert other.num_classes == 5 and other.class_names is None
+    assert torch.equal(other.backbone(batch(model)), model.backbone(batch(model)))
+
+
+# ---- the Hub
+
+@pytest.fixture
+def hub():
+    with LocalHub(login=True) as hub: yield hub
+
+
+def test_push_and_load_everywhere(hub):
+    model, x = classifier(class_names=["one", "two", "three"]), None
+    address = model.push_to_hub("me/net", private=True, metrics={"val/accuracy": 0.75})
+    x = batch(model)
+    assert address.startswith(f"{hub.url}/me/net/commit/") and hub.repos["me/net"].private
+    assert list_repo_files("me/net") == [".gitattributes", "README.md", "config.json", "model.safetensors"]
+    for text in ("me/net", "hf-hub:me/net", "me/net@main"): assert torch.equal(logits(ImageClassifier.from_pretrained(text), x), logits(model, x))
+    assert torch.equal(logits(timm.create_model("hf-hub:me/net", pretrained=True), x), logits(model, x))
+    assert torch.allclose(AutoModelForImageClassification.from_pretrained("me/net").eval()(x).logits, logits(model, x), atol=1e-5)
+    assert pipeline("image-classification", model="me/net")(photo())[0]["label"] in model.class_names
+    assert 'timm.create_model("hf-hub:me/net"' in ModelCard.load("me/net").text
+    assert ModelCard.load("me/net").data.eval_results[0].metric_value == 0.75
+    for content in hub.repos["me/net"].commits[model_info("me/net").sha].values(): assert hub.token.encode() not in content
+
+
+def test_a_push_replaces_what_an_older_one_left(hub):
+    classifier(transformers.ViTConfig(**TOKENS)).push_to_hub("me/net")
+    assert "preprocessor_config.json" in list_repo_files("me/net")
+    model = classifier()
+    hub.add_files("me/net", {"notes.md": "mine", "pytorch_model.bin": b"old"})
+    count = len(list_repo_commits("me/net"))
+    model.push_to_hub("me/net")
+    assert list_repo_files("me/net") == [".gitattributes", "README.md", "config.json", "model.safetensors", "notes.md"]
+    assert len(list_repo_commits("me/net")) == count + 1
+    assert torch.equal(logits(load_pretrained("me/net"), batch(model)), logits(model, batch(model)))
+
+
+@pytest.mark.parametrize("kind, made", [("torn", False), ("lost", True)])
+def test_a_push_that_is_cut_can_be_repeated(hub, kind, made):
+    old, new = classifier(), classifier(classes=4)
+    old.push_to_hub("me/net")
+    first = model_info("me/net").sha
+    hub.fault(kind, times=1)
+    with pytest.raises(HubOfflineError, match="No half of it is there"): new.push_to_hub("me/net")
+    assert (model_info("me/net").sha != first) == made
+    held = new if made else old
+    assert torch.equal(logits(load_pretrained("me/net"), batch(old)), logits(held, batch(old)))
+    new.push_to_hub("me/net")
+    assert torch.equal(logits(load_pretrained("me/net"), batch(old)), logits(new, batch(old)))
+    assert len(list_repo_commits("me/net")) == 3        # the Hub's own first one, and two of ours
+
+
+@pytest.mark.parametrize("kind, error", [("401", HubAccessError), ("403", HubAccessError), ("404", HubNotFoundError), ("500", HubError), ("down", HubOfflineError)])
+def test_errors_of_a_push_come_soon_and_say_what_to_do(hub, kind, error, tmp_path):
+    model = classifier()
+    model.push_to_hub("me/net")
+    before = model_info("me/net").sha
+    folder = model.save_pretrained(tmp_path / "net", card="another")
+    hub.fault(kind)
+    start = time.monotonic()
+    with pytest.raises(error) as e: push_to_hub(folder, "me/net")
+    assert time.monotonic() - start < 8 and hub.token not in str(e.value)
+    start = time.monotonic()
+    with pytest.raises(HubError): load_pretrained("me/other", token="wrong")
+    assert time.monotonic() - start < 12
+    hub.clear_faults()
+    assert model_info("me/net").sha == before
+
+
+def test_tokens(hub):
+    model = classifier()
+    with pytest.raises(HubAccessError, match="401"): model.push_to_hub("me/net", token="wrong")
+    with LocalHub() as other:
+        with pytest.raises(HubAccessError): model.push_to_hub("me/net")
+        model.push_to_hub("me/net", token=other.token, private=True)
+        with pytest.raises(HubNotFoundError): load_pretrained("me/net")
+        assert torch.equal(logits(load_pretrained("me/net", token=other.token), batch(model)), logits(model, batch(model)))
+
+
+def test_a_revision_is_made_and_loaded(hub):
+    model = classifier()
+    classifier(classes=4).push_to_hub("me/net")
+    model.push_to_hub("me/net", revision="next")
+    assert load_pretrained("me/net").num_classes == 4
+    for o in (load_pretrained("me/net", revision="next"), load_pretrained("me/net@next")): assert o.num_classes == 3
+    with pytest.raises(HubNotFoundError, match="Revision 'none'"): load_pretrained("me/net", revision="none")
+
+
+def test_any_classifier_of_the_hub_predicts_here(hub):
+    hub.add_timm("me/plain", "test_vit", num_classes=4)
+    hub.add_timm("me/imagenet", "test_vit")
+    made = transformers.ViTForImageClassification(transformers.ViTConfig(**TOKENS, id2label={0: "one", 1: "two"}, label2id={"one": 0, "two": 1}))
+    hub.add_transformers("me/vit", made)
+    plain = load_pretrained("me/plain")
+    x = batch(plain)
+    assert torch.equal(logits(plain, x), logits(timm.create_model("hf-hub:me/plain", pretrained=True), x)) and plain.class_names is None
+    assert load_pretrained("me/imagenet").class_names[1] == "goldfish, Carassius auratus"
+    vit = load_pretrained("me/vit")
+    assert vit.class_names == ["one", "two"] and torch.allclose(logits(vit, batch(vit)), made.eval()(batch(vit)).logits, atol=1e-5)
+    assert vit.predict([photo()])[0].label in ("one", "two")
+    hub.add_transformers("me/bare", transformers.ViTConfig(**TOKENS))
+    hub.add_transformers("me/dino", transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**DINO)))
+    with pytest.raises(HubCorruptError, match="may be a backbone"): load_pretrained("me/bare")
+    with pytest.raises(HubError, match="cannot be taken over"): load_pretrained("me/dino")
+
+
+def test_a_folder_needs_no_network(tmp_path, hub):
+    model = classifier()
+    folder = model.save_pretrained(tmp_path / "net")
+    hub.requests.clear()
+    load_pretrained(folder)
+    assert not hub.requests
+    model.push_to_hub("me/net")
+    load_pretrained("me/net")
+    hub.fault("down")
+    with pytest.warns(UserWarning, match="taken from the cache"): again = load_pretrained("me/net")
+    assert np.array_equal(logits(again, batch(model)), logits(model, batch(model)))
+
+
+def test_a_class_that_a_folder_names_is_not_imported(tmp_path):
+    folder = classifier().save_pretrained(tmp_path / "net")
+    for name in ("os.system", "subprocess.Popen", "BackboneConfig", "AutoTrainer"):
+        values = config(folder)
+        values["autotimm"]["task"] = name
+        (folder / "config.json").write_text(json.dumps(values))
+        with pytest.raises(HubCorruptError, match="There is no task"): load_pretrained(folder)
+    values["autotimm"] |= {"task": "ImageClassifier", "hparams": {**values["autotimm"]["hparams"], "optimizer": {"class": "os.system", "params": {}}}}
+    (folder / "config.json").write_text(json.dumps(values))
+    model = load_pretrained(folder)
+    with pytest.raises(ImportError, match="must come from"): model.configure_optimizers()

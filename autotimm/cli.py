@@ -53,6 +53,7 @@ def _add_export(add: Callable[..., Any]) -> None:
     add("--data", metavar="FOLDER", help="images to calibrate --int8 static with")
     add("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
 
+# %% ../nbs/34_cli.ipynb #01f384fb
 def _add_push(add: Callable[..., Any]) -> None:
     add("folder", metavar="FOLDER", help="model folder or run folder")
     add("repo_id", metavar="REPO_ID", help="user/name on the Hub; made if it is not there")
@@ -170,6 +171,7 @@ def _print_results(results: Any) -> None:
     names = list(dict.fromkeys(k for row in rows for k in row))
     print(Table([[row.get(k) for k in names] for row in rows], names))
 
+# %% ../nbs/34_cli.ipynb #774719f8
 def do_export(args: argparse.Namespace) -> None:
     "Export a model, checked against it."
     from autotimm import export
@@ -191,6 +193,7 @@ def do_export(args: argparse.Namespace) -> None:
             export.quantize_onnx(whole, args.out, calibration=getattr(args, "data", None) if args.int8 == "static" else None)
     print(args.out)
 
+# %% ../nbs/34_cli.ipynb #2b728b72
 def do_push(args: argparse.Namespace) -> None:
     "Push a model folder to the Hub."
     from autotimm import hub
@@ -207,7 +210,7 @@ def do_convert(args: argparse.Namespace) -> None:
     if args.target.endswith(".ckpt"): print(hub.folder_to_checkpoint(model_folder(args.source), args.target))
     else: print(hub.convert_checkpoint(args.source, args.target))
 
-# %% ../nbs/34_cli.ipynb #774719f8
+# %% ../nbs/34_cli.ipynb #5fd3b3bf
 def describe(
     model: Any,               # any model with `data_config`
     folder: str = "",         # where its card and metrics are
@@ -219,8 +222,9 @@ def describe(
     found: dict[str, Any] = {"task": getattr(model, "task_name", None), "class": type(model).__name__, "backbone": hparams.get("backbone_name") or hparams.get("model_name"),
              "classes": len(names) if names else getattr(model, "num_classes", None), "class_names": list(names) if names else None,
              "parameters": count_parameters(model, trainable_only=False) if hasattr(model, "parameters") else None, "preprocessing": to_plain(config)}
-    for path in (Path(folder).parent / "run.json", Path(folder) / "run.json"):
-        if folder and path.is_file(): found["metrics"] = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    if folder and (card := Path(model_folder(folder)) / "README.md").is_file():
+        from huggingface_hub import ModelCard
+        found["metrics"] = {o.metric_name or o.metric_type: o.metric_value for o in ModelCard.load(card).data.eval_results or []} or None
     return {k: v for k, v in found.items() if v is not None}
 
 def do_info(args: argparse.Namespace) -> None:
@@ -233,9 +237,12 @@ def do_info(args: argparse.Namespace) -> None:
         if isinstance(value, list): value = ", ".join(map(str, value[:20])) + (f", ... ({len(value)})" if len(value) > 20 else "")
         if isinstance(value, dict):
             print(f"{key}:")
-            for k, v in value.items(): print(f"  {k}: {', '.join(f'{o:.4g}' if isinstance(o, float) else str(o) for o in v) if isinstance(v, (list, tuple)) else v}")
+            for k, v in value.items(): print(f"  {k}: {', '.join(map(_short, v)) if isinstance(v, (list, tuple)) else _short(v)}")
         else: print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
 
+def _short(value: Any) -> str: return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+# %% ../nbs/34_cli.ipynb #537e35eb
 def do_backbones(args: argparse.Namespace) -> None:
     "Print names of backbones, one a line."
     from autotimm import backbones
@@ -283,6 +290,7 @@ def main(
     except argparse.ArgumentError as e: return _failed(given, e, 2, debug)
     except _FAILURES as e: return _failed(given, e, 1, debug)
 
+# %% ../nbs/34_cli.ipynb #eb6f5247
 def _run(given: list[str]) -> int:
     "Run a verb."
     if given and given[0] in TRAINING:

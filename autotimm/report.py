@@ -13,6 +13,7 @@ import html
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,7 @@ class Card:
         return (f'<figure class="card{kind}" title="{html.escape(self.tip)}"><img src="{html.escape(self.image)}" alt="{first}">'
                 f"<figcaption><b>{first}</b>{''.join(f'<span>{o}</span>' for o in rest)}</figcaption></figure>")
 
+# %% ../nbs/30_report.ipynb #f78f3c0e
 @dataclass
 class Section:
     "A heading and what stands under it."
@@ -80,8 +82,11 @@ def _part(part: Any) -> str:
     "One part of a section as HTML."
     if isinstance(part, Table): return f'<div class="scroll">{part._repr_html_()}</div>'
     if isinstance(part, Figure):
-        png = base64.b64encode(part._repr_png_()).decode()    # type: ignore[attr-defined]
-        return f'<img class="figure" src="data:image/png;base64,{png}" alt="figure">'
+        photo = io.BytesIO()
+        part.savefig(photo, format="jpeg", pil_kwargs={"quality": 85, "optimize": True})
+        # Photos are smaller as JPEG, drawings as PNG.
+        kind, data = min(("png", part._repr_png_()), ("jpeg", photo.getvalue()), key=lambda o: len(o[1]))    # type: ignore[attr-defined]
+        return f'<img class="figure" src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="figure">'
     if isinstance(part, Sequence) and not isinstance(part, str): return f'<div class="cards">{"".join(o.html() for o in part)}</div>'
     return f"<p>{html.escape(str(part))}</p>"
 
@@ -198,6 +203,7 @@ def _card(model: Any, dataset: Any, number: int, probabilities: Tensor, target: 
     name = _file(dataset.samples[number].name) if hasattr(dataset.samples[number], "name") else f"image {number}"
     return Card(picture, [o for o in [*lines, name] if o], good, name)
 
+# %% ../nbs/30_report.ipynb #d5277268
 def classification_sections(
     model: ImageClassifier,                 # in eval mode
     dataset: Any,                           # that the numbers belong to
@@ -227,6 +233,7 @@ def classification_sections(
     return [Section("Confusion", "Rows are true classes, columns what was said.", [*parts, _confused(counts, names)]), *found,
             Section("Classes", "The worst first.", [count_classes(counts, names)])]
 
+# %% ../nbs/30_report.ipynb #d3794a2f
 def _label_table(said: Tensor, true: Tensor, names: Sequence[str]) -> Table:
     "Precision, recall and F1 of each label."
     hit, n, m = (said & true).sum(0).tolist(), true.sum(0).tolist(), said.sum(0).tolist()
@@ -274,7 +281,7 @@ def _mask_parts(model: Any, dataset: Any, numbers: Sequence[int], names: Sequenc
     items = [o for i in numbers if not isinstance(o := dataset[i], BadImage)]
     if not items: return []
     x = torch.stack([o["image"] for o in items])
-    look = dict(mean=model.data_config["mean"], std=model.data_config["std"], ignore_index=model.ignore_index, max_images=len(items), columns=min(len(items), 8))
+    look = dict(mean=model.data_config["mean"], std=model.data_config["std"], ignore_index=model.ignore_index, max_images=len(items), columns=min(len(items), 4), size=2.4)
     found = model.predict_step(x.to(next(model.parameters()).device)).cpu()
     return [show_masks(x, found, names, **look), show_masks(x, [o["mask"] for o in items], names, **look)]
 
@@ -298,6 +305,7 @@ def match_boxes(
         overlap[:, best] = 0
     return hits, taken
 
+# %% ../nbs/30_report.ipynb #caad922a
 def detection_sections(
     model: DetectionTask,                   # in eval mode
     dataset: Any,                           # that the numbers belong to
@@ -329,13 +337,14 @@ def detection_sections(
             Section("Examples", "Spread over the whole set; above what was found, below what is true.", shown([sorted(order)[k] for k in spread(len(order), pictures)])),
             Section("Classes", f"Detections with a score above {min_score}; a hit has the right class and an IoU of 0.5.", [table])]
 
+# %% ../nbs/30_report.ipynb #11b5f79b
 def _box_parts(model: Any, dataset: Any, numbers: Sequence[int], names: Sequence[str], min_score: float) -> list[Figure]:
     "Two rows of pictures: what was found, and what is true."
     items = [o for i in numbers if not isinstance(o := dataset[i], BadImage)]
     if not items: return []
     x = torch.stack([o["image"] for o in items])
     found = [{k: v.cpu()[(o["scores"] > min_score).cpu()] for k, v in o.items()} for o in model.predict_step(x.to(next(model.parameters()).device))]
-    look: dict[str, Any] = dict(mean=model.data_config["mean"], std=model.data_config["std"], max_images=len(items), columns=min(len(items), 8))
+    look: dict[str, Any] = dict(mean=model.data_config["mean"], std=model.data_config["std"], max_images=len(items), columns=min(len(items), 4), size=2.4)
     part: Any = lambda of, key: [o[key] for o in of] if key in of[0] else None
     return [show_boxes(x, part(found, "boxes"), part(found, "labels"), names, part(found, "scores"), masks=part(found, "masks"), **look),
             show_boxes(x, part(items, "boxes"), part(items, "labels"), names, masks=part(items, "masks"), **look)]
@@ -363,6 +372,10 @@ def _bad_section(data: Any, most: int = 100) -> list[Section]:
     note = f"{len(rows)} images could not be read and were left out." + (f" The first {most}:" if len(rows) > most else "")
     return [Section("Bad images", note, [Table(rows[:most], ["split", "image", "why"])])]
 
+# What has no curve: counts, and the parts of a mean average precision.
+_SMALL = re.compile(r"^step$|/num_pos$|ma[pr]_")
+
+# %% ../nbs/30_report.ipynb #9312e51a
 def write_report(
     path: str | os.PathLike,                # HTML file to write
     model: Any = None,                      # any LightningModule; pictures need one of our tasks
@@ -376,7 +389,7 @@ def write_report(
 ) -> str:                                   # the path
     "Write a page about a model: one file, with nothing in it that loads or runs."
     sections = []
-    rows = [{k: v for k, v in o.items() if k != "step" and v is not None and not (isinstance(v, float) and math.isnan(v))} for o in history]
+    rows = [{k: v for k, v in o.items() if not _SMALL.search(k) and v is not None and not (isinstance(v, float) and math.isnan(v))} for o in history]
     if any(len(o) > 1 for o in rows): sections.append(Section("Curves", parts=[plot_curves(rows)]))
     if isinstance(model, VisionTask) and data is not None: sections += model_sections(model, data, most)
     sections += _bad_section(data)

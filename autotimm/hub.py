@@ -232,8 +232,8 @@ def _random_images(model: Any) -> Tensor:
     return torch.randn(2, *model.data_config["input_size"], generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 def _run(model: nn.Module, x: Tensor) -> list[Tensor]:
-    "What a model gives in eval mode."
-    with _as_found(model), torch.no_grad(): return _tensors(model(x))
+    "What a model gives in eval mode, without what a compiler would round otherwise."
+    with _as_found(model), torch.no_grad(), torch.compiler.set_stance("force_eager"): return _tensors(model(x))
 
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     "The largest difference, in units of the largest value where that is above 1; infinite if the shapes differ."
@@ -555,10 +555,10 @@ def push_to_hub(
 def _task_of(hparams: Mapping[str, Any], where: str) -> type:
     "The task whose constructor takes these hyperparameters, the one with the fewest others if there are several."
     if isinstance(named := hparams.get("task"), str): return find_task(named)
-    known = [*TASKS.values(), *_library_tasks().values()]
-    fits = {o: set(inspect.signature(o).parameters) for o in known if set(hparams) <= set(inspect.signature(o).parameters) and hparams}
-    if not fits: raise ValueError(f"{where} is of no task of this library: no constructor takes {sorted(hparams)[:5]}. Give the class: cls=YourTask.")
-    return min(fits, key=lambda o: len(fits[o]))
+    for known in (_library_tasks(), TASKS):
+        fits = {o: len(p) for o in known.values() if hparams and set(hparams) <= set(p := inspect.signature(o).parameters)}
+        if fits: return min(fits, key=lambda o: fits[o])
+    raise ValueError(f"{where} is of no task of this library: no constructor takes {sorted(hparams)[:5]}. Give the class: cls=YourTask.")
 
 def convert_checkpoint(
     checkpoint: str | os.PathLike[str],     # file that Lightning wrote

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['T', 'C', 'TRUSTED_MODULES', 'near_matches', 'not_found', 'lookup', 'MissingExtraError', 'has_module', 'require',
            'lazy_names', 'inherit_signature', 'UntrustedImportError', 'import_object', 'object_path', 'to_plain',
-           'atomic_path', 'seed_everything', 'count_parameters']
+           'swap_paths', 'atomic_path', 'seed_everything', 'count_parameters']
 
 # %% ../nbs/00_core.ipynb #5a0f5754
 import contextlib
+import ctypes
 import difflib
 import importlib
 import importlib.util
@@ -160,6 +161,18 @@ def to_plain(
     raise TypeError(f"{type(value).__name__} has no plain form: {value!r}.")
 
 # %% ../nbs/00_core.ipynb #3268553c
+def swap_paths(
+    a: str | os.PathLike,     # a file or folder
+    b: str | os.PathLike,     # another, on the same disk
+) -> bool:                    # False where the system cannot do it; then nothing was changed
+    "Swap two files or folders in one step, so that neither is ever missing."
+    here, swap = -100, 2      # AT_FDCWD and RENAME_EXCHANGE of Linux; RENAME_SWAP of macOS is 2, too
+    try:
+        libc, names = ctypes.CDLL(None), (os.fsencode(a), os.fsencode(b))
+        done = libc.renameat2(here, names[0], here, names[1], swap) if hasattr(libc, "renameat2") else libc.renamex_np(*names, swap)
+    except (OSError, AttributeError, TypeError): return False
+    return done == 0
+
 @contextlib.contextmanager
 def atomic_path(
     path: str | os.PathLike,  # where the file or folder shall be
@@ -170,7 +183,9 @@ def atomic_path(
     hold = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield hold / path.name
-        if path.is_dir() and (hold / path.name).is_dir(): path.rename(hold / "old")
+        if path.is_dir() and (hold / path.name).is_dir():
+            if swap_paths(hold / path.name, path): return
+            path.rename(hold / "old")
         (hold / path.name).replace(path)
     finally: shutil.rmtree(hold, ignore_errors=True)
 

@@ -46,9 +46,9 @@ def test_every_example_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(autotimm.TunerConfig, "__init__",
                         lambda self, *a, **kw: tuner(self, *a, **{**kw, "lr_find_kwargs": {"num_training": 8}}))
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     space: dict = {}
-    with LocalHub() as hub:
+    with LocalHub(login=True, user="you") as hub:
         hub.add_timm("timm/resnet50.a1_in1k", "test_resnet", num_classes=1000)
         hub.add_transformers("google/vit-base-patch16-224", transformers.ViTConfig(
             hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
@@ -62,4 +62,12 @@ def test_every_example_runs(tmp_path, monkeypatch):
             if number == 4:
                 assert space["trainer"].logged_metrics["val/map"] >= 0
                 assert space["detector"].class_names == space["cells"].class_names
+            if number == 5:
+                assert len(space["found"]) == 8 and (tmp_path / "found.csv").read_text().count("\n") == 9
+                x = torch.randn(2, 3, 224, 224)
+                with torch.no_grad(): wanted = space["best"](x)
+                for place in ("ants-bees", "you/ants-bees"):
+                    with torch.no_grad(): assert torch.equal(autotimm.ImageClassifier.from_pretrained(place)(x), wanted)
+                assert [o.label for o in autotimm.load_onnx("ants-bees.onnx").predict("photos/val")] == \
+                    [o.label for o in space["best"].predict("photos/val")]
     assert space["trainer"].lightning_module is not None

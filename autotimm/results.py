@@ -8,12 +8,13 @@ __all__ = ['Result', 'ClassificationResult', 'DetectionResult', 'SegmentationRes
 # %% ../nbs/15_results.ipynb #72a1d2bf
 import csv
 import dataclasses
-import io
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -120,9 +121,14 @@ class ClassificationResult(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         "One row: the label and its score, then the next best; of several labels, those that count and each one's probability."
-        if self.multi_label:
-            return [{"name": self.name, "labels": ";".join(self.labels), **{self.named(i): p for i, p in enumerate(self.probabilities.tolist())}}]
         row: dict[str, Any] = {"name": self.name}
+        if self.multi_label:
+            row |= {"labels": ";".join(self.labels)}
+            for i, p in enumerate(self.probabilities.tolist()):
+                name = self.named(i)
+                # A label may be called like another column, or like another label.
+                row[f"{name} ({i})" if name in row or name == "error" else name] = p
+            return [row]
         for i, (label, score) in enumerate(self.top(), 1): row |= {f"label_{i}" if i > 1 else "label": label, f"score_{i}" if i > 1 else "score": score}
         return [row]
 
@@ -194,8 +200,9 @@ class SegmentationResult(Result):
     def shares(self) -> dict[str, float]:
         "Share of the pixels by class, those of none left out, largest first."
         ids, counts = self.mask.unique(return_counts=True)
-        order = counts.argsort(descending=True, stable=True)
-        return {self.named(int(ids[i])): float(counts[i]) / self.mask.numel() for i in order}
+        found: dict[str, float] = {}
+        for i, count in zip(ids.tolist(), counts.tolist()): found[self.named(i)] = found.get(self.named(i), 0) + count / self.mask.numel()
+        return dict(sorted(found.items(), key=lambda o: -o[1]))
 
     def _said(self) -> dict[str, Any]:
         found = [{"label": self.named(o["category_id"]), "share": o["area"] / self.mask.numel(), "mask": o["segmentation"]} for o in self.regions()]
@@ -222,17 +229,33 @@ class SegmentationResult(Result):
         return show_masks([o.picture() for o in results], [o.mask for o in results], results[0].class_names, **look)
 
 # %% ../nbs/15_results.ipynb #bfa1ca22
-def _ids_of(like: Any) -> tuple[dict[str, int], dict[str, int]]:
-    "Ids of images by file name, and of categories by name, in a COCO file."
+def _ids_of(like: Any) -> tuple[list[tuple[PurePath, int]], dict[str, int]]:
+    "Images with their ids, and ids of categories by name, in a COCO file."
     known = json.loads(Path(like).read_text(encoding="utf-8")) if isinstance(like, (str, os.PathLike)) else like
     if not isinstance(known, Mapping) or not {"images", "categories"} <= set(known):
         raise ValueError(f"like must be a COCO annotation file with 'images' and 'categories', got {like!r:.80}.")
-    return ({Path(o["file_name"]).name: o["id"] for o in known["images"]}, {str(o["name"]): o["id"] for o in known["categories"]})
+    return [(PurePath(o["file_name"]), o["id"]) for o in known["images"]], {str(o["name"]): o["id"] for o in known["categories"]}
 
 def _id(table: Mapping[str, int], name: str, what: str) -> int:
     "The id of a name in the file that `like` names."
     if name not in table: raise ValueError(f"{what} {name!r} is not in the annotation file that like= names; it has {', '.join(list(table)[:5])} ...")
     return table[name]
+
+def _find_image(images: Mapping[str, Sequence[tuple[PurePath, int]]], name: str) -> tuple[str, int]:
+    "File name and id, in the file that `like` names, of the image at a path: folders decide where the name alone does not."
+    path = PurePath(name)
+    found = images.get(path.name, [])
+    if not found: raise ValueError(f"Image {path.name!r} is not in the annotation file that like= names; it has {', '.join(list(images)[:5])} ...")
+    if len(found) > 1: found = [o for o in found if path.parts[-len(o[0].parts):] == o[0].parts] or found
+    if len({i for _, i in found}) > 1:
+        raise ValueError(f"{name!r} may be any of {', '.join(str(o) for o, _ in found[:5])} in the file that like= names. Predict from paths that end like these.")
+    return str(found[0][0]), found[0][1]
+
+def _file_names(results: Sequence[Result]) -> list[str]:
+    "What to call the images: the names without folders, if these differ."
+    full = [str(o.name) if o.name else str(i) for i, o in enumerate(results)]
+    short = [PurePath(o).name for o in full]
+    return short if len(set(short)) == len(set(full)) else full
 
 def coco_dataset(
     results: Sequence[Result],                          # of a detector or segmentor
@@ -240,16 +263,17 @@ def coco_dataset(
 ) -> dict[str, Any]:                                    # images, categories and annotations
     "What was found as a COCO data set. Raises `TypeError` for results that have no regions."
     known = [o.regions() for o in results]
-    ids, categories = _ids_of(like) if like is not None else ({}, {})
+    listed, categories = _ids_of(like) if like is not None else ([], {})
+    images: dict[str, list[tuple[PurePath, int]]] = {}
+    for file, image_id in listed: images.setdefault(file.name, []).append((file, image_id))
     names = list(next((o.class_names for o in results if o.class_names is not None), []))
     names = names or [str(i) for i in range(1 + max((r["category_id"] for o in known for r in o), default=-1))]
     numbers = [_id(categories, n, "Class") if like is not None else i + 1 for i, n in enumerate(map(str, names))]
     found: dict[str, Any] = {"images": [], "categories": [dict(id=i, name=n) for i, n in zip(numbers, names)], "annotations": []}
-    for i, o in enumerate(results):
-        name = Path(o.name).name if o.name else f"{i}"
-        image_id = _id(ids, name, "Image") if like is not None else i + 1
+    for i, (o, name) in enumerate(zip(results, _file_names(results))):
+        file_name, image_id = _find_image(images, o.name or name) if like is not None else (name, i + 1)
         height, width = o.size or (None, None)
-        found["images"].append(dict(id=image_id, file_name=name, height=height, width=width))
+        found["images"].append(dict(id=image_id, file_name=file_name, height=height, width=width))
         for region in known[i]:
             found["annotations"].append({"score": 1.0, **region, "id": len(found["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
                                          "category_id": numbers[region["category_id"]]})
@@ -285,20 +309,22 @@ class Results(Sequence[Any]):
         path: str | os.PathLike[str] | None = None,     # file; None: only the text
     ) -> str:                                           # the text
         "`rows` as CSV."
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns(), lineterminator="\n")
+        lines: list[str] = []
+        # The module quotes a carriage return only if it ends lines itself.
+        to: Any = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+        writer = csv.DictWriter(to, self.columns(), lineterminator="\r\n")
         writer.writeheader()
         writer.writerows(self.rows())
-        return _written(text.getvalue(), path)
+        return _written("".join(lines), path)
 
     def to_json(
         self,
         path: str | os.PathLike[str] | None = None,     # file; None: only the text
         indent: int | None = None,                      # None: one line
     ) -> str:                                           # the text
-        "All that was found as JSON: a list of `to_dict()` under 'results', and 'bad'."
-        found = {"results": [o.to_dict() for o in self.results], "bad": self.bad}
-        return _written(json.dumps(found, indent=indent, ensure_ascii=False), path)
+        "All that was found as JSON: a list of `to_dict()` under 'results', and 'bad'. A number that is not finite becomes null."
+        found: Any = {"results": [o.to_dict() for o in self.results], "bad": self.bad}
+        return _written(json.dumps(_finite(found), indent=indent, ensure_ascii=False, allow_nan=False), path)
 
     def to_coco(
         self,
@@ -331,8 +357,14 @@ class Results(Sequence[Any]):
 
     def _repr_html_(self) -> str: return self._table(self.rows(), repr(self).split("\n", 1)[0])._repr_html_()
 
+def _finite(o: Any) -> Any:
+    "Plain values with None for numbers that JSON does not know."
+    if isinstance(o, float): return o if math.isfinite(o) else None
+    if isinstance(o, dict): return {k: _finite(v) for k, v in o.items()}
+    return [_finite(v) for v in o] if isinstance(o, list) else o
+
 def _written(text: str, path: str | os.PathLike[str] | None) -> str:
     "The text, after it was written to a file if one is named."
     if path is not None:
-        with atomic_path(path) as p: p.write_text(text, encoding="utf-8")
+        with atomic_path(path) as p: p.write_bytes(text.encode("utf-8", "backslashreplace"))  # names need not be UTF-8
     return text

@@ -8,7 +8,7 @@ __all__ = ['negative_log_likelihood', 'calibration_error', 'fit_temperature', 'C
 
 # %% ../nbs/17_calibration.ipynb #60e8b5ad
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ def fit_temperature(
     "The temperature with the least negative log-likelihood. Raises `ValueError` for logits that are not finite, or none."
     if len(logits) != len(targets) or not len(logits): raise ValueError(f"There are {len(logits)} logits for {len(targets)} targets; both must be as many, one at least.")
     if not torch.isfinite(logits).all(): raise ValueError("The model gives logits that are not finite, so there is no temperature for them. Train it again with a lower lr.")
+    if targets.ndim == 1 and logits.shape[1] == 1: return 1.0  # one class is always sure
     logits = logits.double()
     loss = lambda log_t: float(_smoothed_loss(logits / math.exp(log_t), targets))
     # In the logarithm the function has one valley: golden-section search.
@@ -138,18 +139,22 @@ def collect_logits(
     read: Callable[[Any], tuple[Tensor, Tensor]],       # batch -> logits (N, C) and targets
 ) -> tuple[Tensor, Tensor]:                             # logits (N, C) and targets
     "What the model says of the validation data. Raises `ValueError` where there is none."
+    if not isinstance(data, (pl.LightningDataModule, Iterable)) or isinstance(data, (str, Mapping)):
+        raise TypeError(f"Calibration needs a data module or a DataLoader of labelled batches, got {type(data).__name__}: {str(data)[:80]!r}.")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(o, o.training) for o in model.modules()]
     collector = LogitCollector(model, read)
     trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else "cpu" if device.type == "cpu" else "auto", devices=1, logger=False,
                          enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
-    before = getattr(data, "trainer", None)
+    before, own = getattr(data, "trainer", None), getattr(model, "_trainer", None)
     try:
         if isinstance(data, pl.LightningDataModule): trainer.validate(collector, datamodule=data, verbose=False)
         else: trainer.validate(collector, data, verbose=False)
     finally:
         model.to(device)
         for o, mode in modes: o.training = mode
+        # Lightning gives its trainer to the modules in a module too.
+        if isinstance(model, pl.LightningModule): model._trainer = own
         if isinstance(data, pl.LightningDataModule): data.trainer = before
     if not collector.kept: raise ValueError("There is no validation data to calibrate on. Give the data module some (val_split=, a val folder), or a DataLoader.")
     logits, targets = (torch.cat(o) for o in zip(*collector.kept))

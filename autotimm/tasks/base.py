@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'TrainableModule', 'log_figure',
            'evaluating', 'Step', 'as_metric_configs', 'as_list', 'as_batch', 'as_dataclass', 'best_device', 'moved_to',
-           'predicting', 'inputs_of', 'name_results', 'PredictingModule', 'last_layer', 'PortableModule', 'VisionTask',
-           'DenseTask']
+           'lock_of', 'predicting', 'inputs_of', 'name_results', 'PredictingModule', 'last_layers', 'PortableModule',
+           'VisionTask', 'DenseTask']
 
 # %% ../../nbs/20_tasks_base.ipynb #62a4a410
 import dataclasses
@@ -15,10 +15,12 @@ import os
 import pickle
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 import torch
@@ -399,15 +401,25 @@ def moved_to(
     finally:
         if before != device: module.to(before)
 
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()     # not on the model, which is copied and pickled
+_NEW_LOCK = threading.Lock()
+
+def lock_of(
+    module: nn.Module,            # any module
+) -> Any:                         # an RLock, the same for every thread
+    "What a thread holds while it has a module in another mode."
+    with _NEW_LOCK: return _LOCKS.setdefault(module, threading.RLock())
+
 @contextmanager
 def predicting(
     module: nn.Module,            # any module
     device: torch.device,         # to run on
     precision: str | None,        # 'bf16', 'fp16', or None: that of the weights
 ) -> Iterator[None]:
-    "Eval mode, on a device, in mixed precision if asked for; afterwards all is as it was."
+    "Eval mode, on a device, in mixed precision if asked for; afterwards all is as it was. Other threads wait."
     dtype = None if precision is None else lookup(PRECISIONS, precision, "Precision")
-    with moved_to(module, device), evaluating(module):
+    # One that put the mode back while another is at work would have BatchNorm learn from what is only to be predicted.
+    with lock_of(module), moved_to(module, device), evaluating(module):
         with torch.autocast(device.type, dtype) if dtype is not None else nullcontext(): yield
 
 def inputs_of(
@@ -427,9 +439,11 @@ def name_results(
 ) -> Results:                     # the same
     "Give results the names of their images, where the loader goes through samples in order."
     samples = getattr(getattr(loader, "dataset", None), "samples", None)
-    if samples is None or len(samples) != len(results) or not isinstance(getattr(loader, "sampler", None), SequentialSampler): return results
-    for i, o in enumerate(results):
-        if isinstance(samples[i], Sample): o.name, o.image = samples[i].name, samples[i].image
+    if samples is None or not isinstance(getattr(loader, "sampler", None), SequentialSampler): return results
+    read = [o for o in samples if isinstance(o, Sample) and o.name not in results.bad] if results.bad else samples
+    if len(read) != len(results) and not (loader.drop_last and len(read) > len(results)): return results
+    for o, sample in zip(results, read):
+        if isinstance(sample, Sample): o.name, o.image = sample.name, sample.image
     return results
 
 # %% ../../nbs/20_tasks_base.ipynb #10b344c0
@@ -483,7 +497,10 @@ class PredictingModule(TrainableModule):
         found: list[Any] = []
         for batch in tqdm(loader, disable=not progress if progress is not None else None, leave=False):
             x, rows = inputs_of(batch)
-            found += self._run(run, x, rows, device)
+            of_batch = self._run(run, x, rows, device)
+            if isinstance(batch, Mapping) and "letterbox" in batch:
+                for o, row in zip(of_batch, rows.tolist()): o.size = (int(row[4]), int(row[5]))
+            found += of_batch
         for o in found: o.class_names = self.class_names
         return name_results(Results(found, getattr(getattr(loader.dataset, "bad_images", None), "images", None)), loader)
 
@@ -497,20 +514,23 @@ class PredictingModule(TrainableModule):
         data: Any,                          # LightningDataModule with validation data, or a DataLoader of labelled batches
     ) -> Calibration:                       # temperature, and the calibration error before and after
         "Make probabilities as sure as they are right. The temperature goes into the last layer, so every library that loads the model has it."
-        found = calibrate_logits(*collect_logits(self, data, self.logits_and_targets))
-        layer = last_layer(self.head, self.num_classes)
+        layers = last_layers(self.head, self.num_classes) if hasattr(self, "head") else []
+        with lock_of(self): found = calibrate_logits(*collect_logits(self, data, self.logits_and_targets))
         with torch.no_grad():
-            for p in layer.parameters(recurse=False): p.div_(found.temperature)
+            for layer in layers:
+                for p in layer.parameters(recurse=False): p.div_(found.temperature)
         return found
 
-def last_layer(
+def last_layers(
     head: nn.Module,                # of a task
     num_classes: int,               # it gives
-) -> nn.Module:                     # Linear or convolution
-    "The layer that gives the logits. Raises `ValueError` where there is none."
+) -> Sequence[nn.Module]:           # Linear or convolution; two of a distilled network, whose logits are the mean of both
+    "The layers that give the logits. Raises `ValueError` where there are none."
+    two: Any = next((o for o in head.modules() if isinstance(getattr(o, "head_dist", None), nn.Module)), None)
+    if two is not None: return [o for part in (two.head, two.head_dist) for o in last_layers(part, num_classes)]
     layers = [o for o in head.modules() if isinstance(o, (nn.Linear, nn.Conv2d))]
     if not layers or layers[-1].weight.shape[0] != num_classes: raise ValueError(f"The last layer of {type(head).__name__} does not give {num_classes} logits.")
-    return layers[-1]
+    return layers[-1:]
 
 # %% ../../nbs/20_tasks_base.ipynb #133843a7
 class PortableModule(PredictingModule):

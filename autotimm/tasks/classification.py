@@ -135,7 +135,7 @@ class ImageClassifier(VisionTask):
     def logits_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
         "Logits and labels of a batch."
         self.check(batch)
-        return self(batch[0]), batch[1] if self.multi_label else batch[1].long()
+        return self(batch[0].to(next(self.parameters()).dtype)), batch[1] if self.multi_label else batch[1].long()
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         "Probabilities (B, num_classes) of images (B, C, H, W), or of a batch that begins with them."

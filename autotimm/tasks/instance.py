@@ -18,6 +18,7 @@ from torchvision.ops import roi_align
 from ..core import inherit_signature
 from ..heads import FPN, MaskHead
 from ..losses import FCOSLoss, MaskLoss
+from ..prediction import MAX_PIXELS
 from .base import refuse_note
 from .detection import FCOS, DetectionTask, Outputs, pick_strides
 
@@ -179,7 +180,11 @@ class InstanceSegmentor(DetectionTask):
 
     def _paste(self, masks: Tensor, boxes_xyxy: Tensor, size: tuple[int, int]) -> Tensor:
         "(K, h, w) bool of masks (K, S, S) that lie in boxes."
-        return paste_masks_in_image(masks[:, None], boxes_xyxy, size, padding=1)[:, 0] > self.mask_threshold
+        if not len(masks): return masks.new_zeros(0, *size, dtype=torch.bool)
+        # Some at a time: a hundred as floats at the size of a photo are gigabytes.
+        count = max(1, MAX_PIXELS // max(1, size[0] * size[1]))
+        return torch.cat([paste_masks_in_image(m[:, None], b, size, padding=1)[:, 0] > self.mask_threshold
+                          for m, b in zip(masks.split(count), boxes_xyxy.split(count))])
 
     def objects(self, targets: list[dict[str, Tensor]], rows: Tensor | None) -> list[dict[str, Tensor]]:
         "The objects in the pixels of the original images."

@@ -16,7 +16,7 @@ from ..core import inherit_signature
 from ..heads import create_segmentation_head, resize_map
 from ..losses import create_segmentation_loss
 from ..metrics import STAGES, MetricManager, default_metrics
-from ..prediction import PrepareNative, logits_to_original
+from ..prediction import PrepareNative, logits_to_classes
 from ..results import SegmentationResult
 from .base import DenseTask, Step, refuse_note
 from ..viz import show_masks
@@ -183,13 +183,13 @@ class SemanticSegmentor(DenseTask):
             # One view needs no softmax to find its highest class.
             scores = logits[0] if views == 1 else torch.stack([o.float().softmax(1) for o in logits]).mean(0)
             size = (int(x.shape[-2]), int(x.shape[-1]))
-            return [SegmentationResult(logits_to_original(o, row, size).argmax(0).cpu()) for o, row in zip(scores, rows)]
+            return [SegmentationResult(logits_to_classes(o, row, size).cpu()) for o, row in zip(scores, rows)]
         return prepare, run
 
     def logits_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
         "Logits and classes of pixels, at most a thousand an image, evenly spread."
         x, mask = check_masks(batch, self.num_classes, self.ignore_index, int(self.data_config["input_size"][0]))
-        logits = resize_map(self(x), mask.shape[-2:]).permute(0, 2, 3, 1).flatten(1, 2)
+        logits = resize_map(self(x.to(next(self.parameters()).dtype)), mask.shape[-2:]).permute(0, 2, 3, 1).flatten(1, 2)
         step = max(1, logits.shape[1] // 1000)
         logits, mask = logits[:, ::step].flatten(0, 1), mask.flatten(1)[:, ::step].flatten().long()
         return logits[mask != self.ignore_index], mask[mask != self.ignore_index]

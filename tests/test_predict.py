@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader, TensorDataset
 
 import autotimm
 from autotimm import (AutoTrainer, BackboneConfig, DetectionDataModule, FeatureBackboneConfig, ImageClassifier, ImageDataModule,
-                      InstanceSegmentationDataModule, InstanceSegmentor, ObjectDetector, SemanticSegmentor, YOLOXDetector)
+                      InstanceSegmentationDataModule, InstanceSegmentor, ObjectDetector, SegmentationDataModule, SemanticSegmentor, YOLOXDetector)
 from autotimm.data.readers import BadImageError, load_image
 from autotimm.testing import make_shapes, write_coco, write_folders, write_masks
 
@@ -263,3 +265,47 @@ def test_what_is_refused(photos):
     with pytest.raises(ValueError, match="normalised batch"): build("segmentor").predict(photos, return_logits=True)
     with pytest.raises(TypeError, match="no_such"): model.predict(photos, no_such=1)
     assert isinstance(autotimm.Results, type)
+
+
+def test_threads_that_predict_at_once_leave_a_model_that_trains_as_it_was(photos):
+    model = build("classifier").train()
+    expected = torch.stack([o.probabilities for o in model.predict(photos)])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: torch.stack([o.probabilities for o in model.predict(photos, batch_size=3, num_workers=0)]), range(12)))
+    assert all(torch.allclose(o, expected, atol=1e-5) for o in found)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_broken_file_of_a_loader_does_not_take_the_names_of_the_others(tmp_path):
+    root = write_folders(tmp_path, splits=dict(train=6, val=6), image_size=40)
+    files = sorted(map(str, (root / "val").rglob("*.png")))
+    Path(files[2]).write_bytes(b"junk")
+    data = ImageDataModule(root, image_size=64, num_workers=0, batch_size=4, on_bad_image="report", backbone="test_resnet")
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="left out"): found = build("classifier").predict(data.val_dataloader())
+    assert [o.name for o in found] == files[:2] + files[3:] and list(found.bad) == [files[2]]
+    masks = SegmentationDataModule(write_masks(tmp_path / "masks", splits=dict(train=2, val=2), image_size=48), image_size=64, num_workers=0)
+    masks.setup("fit")
+    assert [o.size for o in build("segmentor").predict(masks.val_dataloader())] == [(48, 48)] * 2
+
+
+def test_calibration_scales_both_heads_and_leaves_no_trainer():
+    model = ImageClassifier(BackboneConfig("repvit_m1", pretrained=False), 3, image_size=64, seed=0)
+    for p in model.head.parameters(): torch.nn.init.normal_(p, std=0.1)
+    x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad(): before = model.eval()(x)
+    model.train()
+    told = model.calibrate(DataLoader(TensorDataset(x, y), batch_size=4))
+    assert model._trainer is None and model.training
+    with torch.no_grad(): assert torch.allclose(model.eval()(x), before / told.temperature, atol=1e-5)
+
+
+def test_a_column_that_decodes_is_read_one_by_one(photos):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"bytes": photos[1].read_bytes(), "path": None}, {"bytes": b"junk", "path": None}]
+    column = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())["image"]
+    if isinstance(column, list): pytest.skip("this version of datasets decodes a column at once")
+    model = build("classifier")
+    with pytest.warns(UserWarning, match="left out"): found = model.predict(column, on_bad_image="report")
+    assert torch.equal(found[0].probabilities, model.predict(photos[1])[0].probabilities) and list(found.bad) == ["image 1"]

@@ -41,7 +41,7 @@ from .boxes import decode_detections, level_points, ltrb_to_xyxy
 from .core import atomic_path, require, to_plain
 from .data.readers import BadImageError, load_image
 from .data.transforms import find_data_config
-from .prediction import (detections_to_original, find_images, logits_to_original, predict_images, prepare_classification,
+from .prediction import (detections_to_original, find_images, logits_to_classes, predict_images, prepare_classification,
                                  prepare_dense)
 from .results import ClassificationResult, DetectionResult, Result, Results, SegmentationResult
 from .viz import Table
@@ -851,7 +851,7 @@ def to_results(
         return [ClassificationResult(o, bool(info.get("multi_label")), float(info.get("threshold", 0.5)), top_k) for o in p]
     if info["task"] == "segmentation":
         if "mask" in out: return [SegmentationResult(_ids_to_original(o, row)) for o, row in zip(first, rows)]
-        return [SegmentationResult(logits_to_original(o, row, size).argmax(0)) for o, row in zip(first, rows)]
+        return [SegmentationResult(logits_to_classes(o, row, size)) for o, row in zip(first, rows)]
     moved = [detections_to_original(o, row) for o, row in zip(_real_objects(out, info, size), rows)]
     for o, row in zip(moved, rows):
         if "masks" not in o: continue

@@ -172,8 +172,14 @@ def list_images(
     folder: str | os.PathLike[str], # searched with all folders in it
 ) -> tuple[list[Path], int]:        # sorted paths, and how many other files there are
     "The images in a folder, and the number of files that are none."
-    images, others = [], 0
+    images, others, above = [], 0, dict[str, frozenset[str]]()
     for parent, folders, names in os.walk(os.fspath(folder), followlinks=True):
+        # A link may lead back to a folder that it lies in.
+        ways, real = above.get(os.path.dirname(parent), frozenset()), os.path.realpath(parent)
+        if real in ways:
+            folders.clear()
+            continue
+        above[parent] = ways | {real}
         folders[:] = sorted(o for o in folders if not o.startswith("."))
         for name in sorted(o for o in names if not o.startswith(".")):
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES: images.append(Path(parent, name))

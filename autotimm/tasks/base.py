@@ -478,6 +478,7 @@ class PredictingModule(TrainableModule):
         if isinstance(images, Tensor) and images.is_floating_point():
             own = next(self.parameters())
             with predicting(self, torch.device(device or own.device), precision):
+                if how.get("tta") is not None: raise ValueError(f"tta={how['tta']!r} is for images; a normalised batch is taken as it is. Turn it yourself, or give the images.")
                 return self.predict_tensor(as_batch(images).to(device or own.device, own.dtype), **how)
         prepare, run = self.plan_prediction(**how)
         where = torch.device(device) if device is not None else best_device(self)

@@ -30,7 +30,9 @@ def sliding_window(
 ) -> Tensor:                        # (B, K, H, W) logits
     "Logits of images of any size, averaged over windows."
     if not 0 <= overlap < 1: raise ValueError(f"overlap must be from 0 to below 1, got {overlap!r}.")
-    size, window = images.shape[-2:], (window, window) if isinstance(window, int) else (int(window[0]), int(window[1]))
+    sides = (window, window) if isinstance(window, int) else tuple(window) if isinstance(window, (tuple, list)) else ()
+    if len(sides) != 2 or any(not isinstance(o, int) or o < 1 for o in sides): raise ValueError(f"window must be a side or (height, width) in pixels, got {window!r}.")
+    size, window = images.shape[-2:], (sides[0], sides[1])
     # An image smaller than the window is filled up below and at the right.
     images = nn.functional.pad(images, [0, max(0, window[1] - size[1]), 0, max(0, window[0] - size[0])])
     places = [_places(n, w, overlap) for n, w in zip(images.shape[-2:], window)]

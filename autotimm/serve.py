@@ -97,9 +97,9 @@ def decode_untrusted(
     data: bytes,                        # an image that `image_size` has let pass
     channels: int = 3,                  # 1: grey, 3: RGB, 4: RGB and alpha
 ) -> Tensor:                            # (channels, H, W) uint8
-    "The same as `decode_image`, by decoders that survive a damaged file. Raises `BadImageError`."
+    "The same as `decode_image`, by the decoder that `image_size` asked. Raises `BadImageError`."
     if data.startswith(STARTS[0]): return decode_image(data, channels)
-    # torchvision 0.29 ends the process with a segmentation fault over a PNG of which one byte is wrong.
+    # A file can be two images at once; the one that is decoded must be the one whose pixels were counted.
     try:
         with Image.open(io.BytesIO(data), formats=readable_formats()) as image: return to_uint8_image(ImageOps.exif_transpose(image), channels)
     except (OSError, SyntaxError, ValueError, RuntimeError, EOFError) as e: raise BadImageError(str(e)) from e

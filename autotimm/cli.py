@@ -137,13 +137,9 @@ def load_checkpoint(
     path: str,                # a Lightning checkpoint of one of our tasks
 ) -> Any:                     # the model, in eval mode
     "The model in a checkpoint, whichever task's it is. Raises `ValueError` for another library's."
-    import torch
-
-    from autotimm.checkpoints import named_errors
     from autotimm.hub import _task_of
-    if not os.path.isfile(path): raise FileNotFoundError(f"{path}: there is no such file.")
-    with named_errors(path): known = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
-    task: Any = _task_of(known, path)
+    from autotimm.training_cli import read_hparams
+    task: Any = _task_of(read_hparams(path), path)
     return task.load_from_checkpoint(path, map_location="cpu")
 
 # %% ../nbs/34_cli.ipynb #16b1bac1
@@ -161,6 +157,7 @@ def do_predict(args: argparse.Namespace) -> None:
         getattr(results, method)(path)
         print(f"{path}: {len(results)} images")
     if hasattr(args, "plot"): results.plot().savefig(args.plot)
+    if results.bad and not len(results): raise ValueError(f"None of the images could be read. {next(iter(results.bad))}: {next(iter(results.bad.values()))}.")
     if results.bad: print(f"{len(results.bad)} could not be read: {', '.join(list(results.bad)[:5])}{' ...' if len(results.bad) > 5 else ''}", file=sys.stderr)
     if not written: _print_results(results)
 
@@ -207,8 +204,12 @@ def do_convert(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.target} exists and is not written over. Remove it, or choose another.")
     if not args.source.endswith(".ckpt") and not args.target.endswith(".ckpt"): raise ValueError("One of SOURCE and TARGET has to be a .ckpt file.")
     from autotimm.hub import convert_checkpoint, folder_to_checkpoint
-    if args.target.endswith(".ckpt"): print(folder_to_checkpoint(model_folder(args.source), args.target))
-    else: print(convert_checkpoint(args.source, args.target))
+    if args.target.endswith(".ckpt"):
+        print(folder_to_checkpoint(model_folder(args.source), args.target))
+        return
+    from autotimm.training_cli import read_hparams
+    read_hparams(args.source)
+    print(convert_checkpoint(args.source, args.target))
 
 # %% ../nbs/34_cli.ipynb #5fd3b3bf
 def describe(
@@ -315,6 +316,6 @@ def _failed(given: Sequence[str], error: Exception, code: int, debug: bool) -> i
     if debug: traceback.print_exception(error)
     verb = f" {given[0]}" if given and not given[0].startswith("-") else ""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split()) or type(error).__name__
-    hint = f" autotimm{verb} --help lists the options." if code == 2 else ""
+    hint = f"{'' if text.endswith(('.', '?', '!')) else '.'} autotimm{verb} --help lists the options." if code == 2 else ""
     print(f"autotimm{verb}: {text}{hint}", file=sys.stderr)
     return code

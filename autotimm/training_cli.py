@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TASKS', 'option_docs', 'AutoTimmCLI', 'full_signature', 'TaskClasses', 'best_metric', 'short_parser', 'data_options',
            'Plan', 'make_plan', 'own_modules', 'portable_path', 'new_folder', 'check_free', 'find_checkpoint',
-           'PlannedCLI', 'without_weights', 'resolved', 'RunCLI', 'interruptible', 'how_to_go_on', 'plain_numbers',
-           'write_history', 'settings_of', 'best_model', 'evaluate', 'finish_run', 'run_fit', 'run_evaluation',
-           'check_names']
+           'PlannedCLI', 'read_hparams', 'without_weights', 'resolved', 'RunCLI', 'interruptible', 'how_to_go_on',
+           'plain_numbers', 'write_history', 'data_name', 'settings_of', 'best_model', 'evaluate', 'finish_run',
+           'run_fit', 'run_evaluation', 'check_names']
 
 # %% ../nbs/33_training_cli.ipynb #cfea3c4a
 import argparse
@@ -17,6 +17,7 @@ import inspect
 import itertools
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -185,7 +186,8 @@ def _stated(args: Sequence[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in _configs(args):
         if not os.path.isfile(name): raise FileNotFoundError(f"--config {name}: there is no such file.")
-        read = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
+        try: read = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{name} is no YAML file: {e}. Mind its indentation, brackets and colons.") from e
         if not isinstance(read, Mapping): raise ValueError(f"{name} is no configuration: expected 'model:', 'data:' and 'trainer:' groups.")
         for key, value in read.items():
             merged[key] = {**merged[key], **value} if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) else value
@@ -360,10 +362,21 @@ class PlannedCLI(AutoTimmCLI):
 # %% ../nbs/33_training_cli.ipynb #0c78b4e8
 _SETTLED = ("image_size", "in_chans", "drop_rate", "drop_path_rate")
 
-def _read_hparams(path: Path | str) -> dict[str, Any]:
-    "The hyperparameters in a checkpoint."
-    with named_errors(path): return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+def read_hparams(
+    path: Path | str,                         # a checkpoint
+) -> dict[str, Any]:                          # empty where there are none
+    "The hyperparameters in a checkpoint. Raises `ValueError` for a file that is none."
+    if not os.path.isfile(path): raise FileNotFoundError(f"{path}: there is no such file.")
+    try:
+        with named_errors(path): found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as e: raise ValueError(str(e)) from e
+    # A damaged archive ends in any of these; the number or the letters that they say help nobody.
+    except (OSError, RuntimeError, LookupError, ValueError) as e:
+        raise ValueError(f"{path} is cut off, or no checkpoint: it cannot be read. Give another file, e.g. one that lies beside it.") from e
+    if not isinstance(found, Mapping) or "state_dict" not in found: raise ValueError(f"{path} is no checkpoint of Lightning's: it holds no state_dict.")
+    return found.get("hyper_parameters", {})
 
+# %% ../nbs/33_training_cli.ipynb #5f6b0162
 def without_weights(
     backbone: Any,                            # as a configuration states it
 ) -> Any:                                     # the same, with random weights
@@ -389,7 +402,9 @@ def resolved(
     if checkpoint is None: return config
     if plan.task == "yolox": config.model["weights"] = None
     else:
-        for key, value in {"backbone": _read_hparams(checkpoint)["backbone"], **dict.fromkeys(_SETTLED)}.items(): config.model[key] = value
+        known = read_hparams(checkpoint)
+        if "backbone" not in known: raise ValueError(f"{checkpoint} is of no task of this library: it names no backbone. Give a checkpoint of autotimm fit.")
+        for key, value in {"backbone": known["backbone"], **dict.fromkeys(_SETTLED)}.items(): config.model[key] = value
     return config
 
 # %% ../nbs/33_training_cli.ipynb #4c5b0376
@@ -484,6 +499,16 @@ def write_history(
         writer.writerows(rows)
 
 # %% ../nbs/33_training_cli.ipynb #1e13d180
+def data_name(
+    data: Any,                      # data module
+) -> str:                           # '' where it has none
+    "What a data set is called: its name or its id on the Hub, else the last part of its place."
+    for key in ("dataset_name", "hf_dataset", "train_csv", "data_dir"):
+        given = getattr(data, key, None)
+        if not isinstance(given, (str, os.PathLike)) or not str(given): continue
+        return str(given) if key in ("dataset_name", "hf_dataset") and not os.path.exists(given) else Path(given).name
+    return ""
+
 def settings_of(
     cli: RunCLI,                    # of the run
 ) -> dict[str, Any]:                # name -> value
@@ -492,6 +517,7 @@ def settings_of(
     stated = config["model"].get("init_args", {}) if cli.plan.own_model else config["model"]
     found: dict[str, Any] = {"task": cli.plan.task, "model": type(model).__name__, "backbone": model.hparams.get("backbone_name") or model.hparams.get("model_name")}
     if isinstance(model, VisionTask): found |= {"image size": " x ".join(map(str, model.data_config["input_size"][1:]))}
+    if name := data_name(cli.datamodule): found["data"] = name
     found |= {"epochs": cli.trainer.current_epoch, "steps": cli.trainer.global_step}
     found |= {k.replace("_", " "): stated.get(k) for k in ("lr", "optimizer", "scheduler", "weight_decay", "freeze_backbone", "ema_decay")}
     found |= {"batch size": getattr(cli.datamodule, "batch_size", None), "seed": config["seed_everything"], "precision": config["trainer"]["precision"]}
@@ -537,7 +563,10 @@ def finish_run(
     if trainer.history:
         write_history(run, trainer.history)
         trainer.plot_history().savefig(run / "curves.png")
-    if isinstance(model, VisionTask): save_pretrained(model, run / "model", metrics={k: v for k, v in metrics.items() if v is not None}, training=settings)
+    if isinstance(model, VisionTask):
+        # The card takes these from the model itself.
+        rest = {k: v for k, v in settings.items() if k != "data" and k.replace(" ", "_") not in model.hparams}
+        save_pretrained(model, run / "model", metrics={k: v for k, v in metrics.items() if v is not None}, training=rest, data=settings.get("data"))
     write_report(run / "report.html", model, cli.datamodule, title=run.name, settings=settings, metrics=metrics, history=trainer.history)
     return metrics
 
@@ -633,7 +662,7 @@ def check_names(
     data: Any,                      # data module it shall be evaluated on
 ) -> None:
     "Raise `ValueError` if the classes of the data are not those that the model was trained on."
-    trained, there = _read_hparams(checkpoint).get("class_names"), getattr(data, "class_names", None)
+    trained, there = read_hparams(checkpoint).get("class_names"), getattr(data, "class_names", None)
     if trained and there and list(trained) != list(there):
         raise ValueError(f"The model was trained on {len(trained)} classes ({', '.join(map(str, trained[:10]))}), the data has {len(there)} "
                          f"({', '.join(map(str, there[:10]))}). They have to be the same, in the same order.")

@@ -264,6 +264,7 @@ WRONG = {
     "no data there": (["fit", "--data", "nowhere", "--backbone", "resnet18"], 1, "no such folder"),
     "no backbone": (["fit", "--data", "photos"], 2, "model.backbone"),
     "unknown option": (["fit", "--data", "photos", "--backbone", "resnet18", "--epoch", "1"], 2, "--epoch"),
+    "unknown key": (["fit", "--data", "photos", "--config", "key.yaml"], 2, "'data_dirr'. autotimm fit --help"),
     "unknown task": (["fit", "--task", "segmentaton", "--data", "photos", "--backbone", "resnet18"], 1, "Did you mean 'segmentation'"),
     "unknown backbone": (["fit", "--data", "photos", "--no-pretrained", "--backbone", "resnet81"], 1, "Did you mean 'resnet18'"),
     "bad value": (["fit", "--data", "photos", "--backbone", "test_resnet", "--no-pretrained", "--lr", "-1"], 1, "lr must be"),
@@ -279,9 +280,38 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_errors_are_one_line(case, here, capsys):
     argv, code, text = WRONG[case]
+    Path("key.yaml").write_text("data:\n  data_dirr: photos\nmodel:\n  backbone: test_resnet\n")
     assert main(argv) == code
     said = capsys.readouterr().err.strip()
     assert text in said and len(said.splitlines()) == 1 and said.startswith(f"autotimm {argv[0]}: ")
+
+
+def test_files_that_are_damaged_are_named(run, here, capsys):
+    whole = (run / "checkpoints/version_0/last.ckpt").read_bytes()
+    torch.save({"state_dict": {}}, "foreign.ckpt")
+    files = {"cut.ckpt": whole[:20_000], "text.ckpt": b"hi\n", "cut.yaml": b"data: {\n", "binary.yaml": b"\xff\xfe\0\1"}
+    for name, content in files.items(): Path(name).write_bytes(content)
+    for name in ("cut.ckpt", "text.ckpt", "foreign.ckpt", "none.ckpt"):
+        for argv in (["info", name], ["convert", name, "made"], ["validate", str(run), "--ckpt", name]):
+            assert main(argv) == 1
+            said = capsys.readouterr().err.strip()
+            assert name in said and len(said.splitlines()) == 1 and not Path("made").exists(), said
+    for name in ("cut.yaml", "binary.yaml"):
+        assert main(["fit", "--config", name]) == 1
+        said = capsys.readouterr().err.strip()
+        assert f"{name} is no YAML file" in said and len(said.splitlines()) == 1
+
+
+def test_nothing_predicted_is_a_failure(run, here, capsys):
+    assert main(["predict", "nowhere", "--model", str(run), "--device", "cpu"]) == 1
+    assert "None of the images could be read. nowhere: the file does not exist." in capsys.readouterr().err
+
+
+def test_the_card_says_each_setting_once_and_names_the_data(run):
+    card = (run / "model/README.md").read_text().replace("\\", "")
+    assert "Trained on: photos." in card
+    names = [o.split("|")[1].strip().replace("_", " ") for o in card[card.index("## Training"):card.index("## Classes")].splitlines() if o.startswith("|")]
+    assert len(names) == len(set(names)) and "weight decay" in names and "epochs" in names
 
 
 def test_debug_shows_the_traceback(here, capsys):

@@ -471,3 +471,11 @@ def test_a_class_that_a_folder_names_is_not_imported(tmp_path):
     (folder / "config.json").write_text(json.dumps(values))
     model = load_pretrained(folder)
     with pytest.raises(ImportError, match="must come from"): model.configure_optimizers()
+
+
+def test_a_class_of_ones_own_does_not_take_the_name_of_the_librarys():
+    from autotimm.hub import TASKS
+    ours = autotimm.ImageClassifier
+    type("ImageClassifier", (ours,), {"__module__": "mine"})
+    mine = type("MyClassifier", (ours,), {"__module__": "mine"})
+    assert TASKS["ImageClassifier"] is ours and TASKS["MyClassifier"] is mine

@@ -538,7 +538,9 @@ class PortableModule(PredictingModule):
     "Ways out of training: folders, the Hub, ONNX, TorchScript."
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        TASKS[cls.__name__] = cls
+        # The library's own names stay the library's.
+        ours = lambda task: task is not None and task.__module__.split(".")[0] == "autotimm"
+        if ours(cls) or not ours(TASKS.get(cls.__name__)): TASKS[cls.__name__] = cls
 
     def save_pretrained(
         self,

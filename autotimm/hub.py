@@ -319,6 +319,14 @@ def _plain_place(text: str) -> str:
     "A folder of this machine by its last part only; any other text as it is."
     return Path(text).name if os.path.isabs(os.path.expanduser(text)) or os.path.exists(text) else text
 
+_PLACE = "path/to/folder"       # in the sample code of a card that belongs to no repository yet
+
+def _card_for(text: str, repo_id: str) -> str:
+    "The card of a saved folder, with a repository's name in its title and in its code."
+    name = repo_id.rpartition("/")[2]
+    text = text.replace(f"local-dir:{_PLACE}", f"hf-hub:{repo_id}").replace(_PLACE, repo_id)
+    return re.sub(r"^(# |- name: ).*$", lambda o: o[1] + name, text, count=2 if "model-index" in text else 1, flags=re.M)
+
 def _make_card(model: Any, kind: str, note: str, *, metrics: Mapping[str, Any] | None, data: str | None, training: Mapping[str, Any] | None,
                license: str | None, card: str | None, tags: Sequence[str], repo_id: str | None, name: str) -> str:
     "The text of README.md."
@@ -332,7 +340,7 @@ def _make_card(model: Any, kind: str, note: str, *, metrics: Mapping[str, Any] |
              + (", several of which may apply to an image" if getattr(model, "multi_label", False) else "") + f". {FORMATS[kind][0].upper()}{FORMATS[kind][1:]}.",
              f"Trained on: {_md(data)}." if data else "", _md(note)]
     if metrics: parts += ["## Metrics", _table(((k, f"{v:.4f}" if isinstance(v, float) else v) for k, v in metrics.items()), "metric", "value")]
-    parts += ["## Use", *(f"### {k}\n\n```python\n{v}\n```" for k, v in _sample_code(kind, repo_id or "path/to/folder", repo_id is not None))]
+    parts += ["## Use", *(f"### {k}\n\n```python\n{v}\n```" for k, v in _sample_code(kind, repo_id or _PLACE, repo_id is not None))]
     rows = [("size", f"{size} pixels, {config['input_size'][0]} channels"), *((k, config[k]) for k in ("crop_pct", "interpolation", "mean", "std"))]
     parts += ["## Preprocessing", _table(rows, "setting", "value")]
     if settings: parts += ["## Training", _table(settings.items(), "setting", "value")]
@@ -516,11 +524,12 @@ def _push_error(e: Exception, repo_id: str, revision: str | None) -> HubError:
     reason = (str(e).splitlines() or [type(e).__name__])[0]
     return HubOfflineError(f"{repo_id!r} could not be pushed to {constants.ENDPOINT} ({reason}). No half of it is there; check the network, and push again.")
 
-def _commit(api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str) -> str:
-    "Make the repository if need be, and one commit; its address."
+def _commit(api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str, card: str | None = None) -> str:
+    "Make the repository if need be, and one commit; its address. `card` is sent in place of the folder's README.md."
     _within(_PUSH_SECONDS, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     if revision and revision not in {o.name for o in api.list_repo_refs(repo_id).branches}: api.create_branch(repo_id, branch=revision)
-    ours = {o.name: o for o in sorted(folder.iterdir()) if o.is_file()}
+    ours: dict[str, Any] = {o.name: o for o in sorted(folder.iterdir()) if o.is_file()}
+    if card is not None: ours["README.md"] = card.encode()
     stale = [o for o in api.list_repo_files(repo_id, revision=revision) if o not in ours and
              (o in _OUR_FILES or re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|index\.json)", o)) and o != ".gitattributes"]
     work: list[Any] = [*(CommitOperationDelete(o) for o in stale), *(CommitOperationAdd(k, v) for k, v in ours.items())]
@@ -540,15 +549,17 @@ def push_to_hub(
     "Put a model into a repository of the Hub, in one commit. Raises a `HubError` if that cannot be done."
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", repo_id): raise ValueError(f"repo_id must look like 'org/name', got {repo_id!r}.")
     if constants.HF_HUB_OFFLINE: raise HubOfflineError("HF_HUB_OFFLINE=1 forbids asking the Hub. Unset it, or save the model with save_pretrained(folder).")
+    card = None
     with contextlib.ExitStack() as stack:
         if isinstance(model, (str, os.PathLike)):
             folder = Path(model).expanduser()
             if not is_pretrained_folder(folder): raise HubNotFoundError(f"{os.fspath(model)!r} is no folder that save_pretrained wrote.")
             if kwargs: raise ValueError(f"A saved folder is pushed as it is, so {sorted(kwargs)} cannot be set. Push the model itself.")
+            if (folder / "README.md").is_file(): card = _card_for((folder / "README.md").read_text(encoding="utf-8"), repo_id)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / repo_id.rpartition("/")[2]
             save_pretrained(model, folder, repo_id=repo_id, **kwargs)
-        try: return _commit(HfApi(token=token), folder, repo_id, private, revision, commit_message)
+        try: return _commit(HfApi(token=token), folder, repo_id, private, revision, commit_message, card)
         except (_HTTP_ERROR, OSError, ValueError) as e: raise _push_error(e, repo_id, revision) from e
 
 # %% ../nbs/18_hub.ipynb #d6294e47

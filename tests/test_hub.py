@@ -393,6 +393,15 @@ def test_a_push_that_is_cut_can_be_repeated(hub, kind, made):
     assert len(list_repo_commits("me/net")) == 3        # the Hub's own first one, and two of ours
 
 
+def test_the_card_of_a_saved_folder_names_the_repository_it_is_pushed_to(hub, tmp_path):
+    folder = classifier(class_names=["one", "two", "three"]).save_pretrained(tmp_path / "model", metrics={"val/accuracy": 0.5}, card="# My words")
+    push_to_hub(folder, "me/net")
+    card, kept = ModelCard.load("me/net"), (folder / "README.md").read_text()
+    assert "path/to/folder" in kept and "# model" in kept                       # the folder itself stays as it is
+    assert "path/to/folder" not in card.content and 'timm.create_model("hf-hub:me/net"' in card.text
+    assert [o for o in card.text.splitlines() if o.startswith("# ")] == ["# net", "# My words"] and card.data.model_name == "net"
+
+
 @pytest.mark.parametrize("kind, error", [("401", HubAccessError), ("403", HubAccessError), ("404", HubNotFoundError), ("500", HubError), ("down", HubOfflineError)])
 def test_errors_of_a_push_come_soon_and_say_what_to_do(hub, kind, error, tmp_path):
     model = classifier()
@@ -475,7 +484,7 @@ def test_a_class_that_a_folder_names_is_not_imported(tmp_path):
 
 def test_a_class_of_ones_own_does_not_take_the_name_of_the_librarys():
     from autotimm.hub import TASKS
-    ours = autotimm.ImageClassifier
+    ours = ImageClassifier
     type("ImageClassifier", (ours,), {"__module__": "mine"})
     mine = type("MyClassifier", (ours,), {"__module__": "mine"})
     assert TASKS["ImageClassifier"] is ours and TASKS["MyClassifier"] is mine

@@ -311,7 +311,9 @@ def test_a_process_killed_while_it_saves_leaves_the_old_folder(tmp_path):
                 model.save_pretrained({str(tmp_path / "net")!r})
             assert os.waitpid(child, 0)[1] == signal.SIGKILL, moment
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    # One thread: OpenMP's do not survive a fork, and the child would wait for them for ever.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     assert {o.name: o.read_bytes() for o in (tmp_path / "net").iterdir()} == before
     assert torch.equal(logits(load_pretrained(tmp_path / "net"), batch(old)), logits(old, batch(old)))

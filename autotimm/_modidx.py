@@ -1300,6 +1300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'autotimm.heads.create_segmentation_head': ('heads.html#create_segmentation_head', 'autotimm/heads.py'),
                                 'autotimm.heads.resize_map': ('heads.html#resize_map', 'autotimm/heads.py')},
             'autotimm.hub': { 'autotimm.hub._block': ('hub.html#_block', 'autotimm/hub.py'),
+                              'autotimm.hub._card_for': ('hub.html#_card_for', 'autotimm/hub.py'),
                               'autotimm.hub._check_written': ('hub.html#_check_written', 'autotimm/hub.py'),
                               'autotimm.hub._commit': ('hub.html#_commit', 'autotimm/hub.py'),
                               'autotimm.hub._difference': ('hub.html#_difference', 'autotimm/hub.py'),

@@ -65,10 +65,6 @@ def url_name(
 # %% ../nbs/16_prediction.ipynb #81e3d10e
 _ONE_IMAGE = (Image.Image, bytes, bytearray)
 
-def _is_stack(images: Any) -> bool:
-    "Whether an array or tensor holds several images."
-    return isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
-
 def _from_text(text: str, alone: bool) -> Iterator[tuple[str, Any]]:
     "What a path, pattern or URL stands for; in a list, a pattern that nothing matches is the name of a file that is missing."
     if text.lower().startswith(("http://", "https://")):

@@ -109,10 +109,6 @@ class StoredModule(pl.LightningModule):
             raise TypeError(f"The checkpoint {str(checkpoint_path)!r} is not of {cls.__name__}: {e}.") from e
         return model.eval()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        "Say which task it is, so that a checkpoint finds its class."
-        checkpoint["task"] = type(self).__name__
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         "Give a new head where the checkpoint's has another number of classes."
         state, own = checkpoint["state_dict"], self.state_dict()
@@ -802,7 +798,7 @@ class DenseTask(VisionTask):
         "How an image is prepared for prediction: as evaluation does it."
         return prepare_dense(self.data_config, self.transform_config)
 
-    def views_of(self, tta: str | None, known: Sequence[str] = ("flip",)) -> int:
+    def views_of(self, tta: str | None) -> int:
         "How many views of an image are looked at: 2 with `tta='flip'`."
-        if tta is not None: lookup({o: o for o in known}, tta, f"Test-time augmentation of {type(self).__name__}")
+        if tta is not None: lookup({"flip": 2}, tta, f"Test-time augmentation of {type(self).__name__}")
         return 1 if tta is None else 2

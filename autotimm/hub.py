@@ -13,13 +13,15 @@ import functools
 import html
 import importlib
 import inspect
+import io
+import json
 import math
 import os
 import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCardData, constants
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -35,6 +38,7 @@ from .backbones import (_HTTP_ERROR, Backbone, BackboneConfig, FeatureBackbone, 
                                 _no_conversion, _our_block, _OUR_FILES, _processor, _quiet, _read_json, _Reference, _shards, _timm_settings, _weight_file, _within,
                                 _write_json, _write_weights)
 from .core import TRUSTED_MODULES, atomic_path, near_matches, require, to_plain
+from .data.transforms import PIL_MODES
 from .heads import ClassificationHead
 
 # %% ../nbs/18_hub.ipynb #51207b03
@@ -49,8 +53,8 @@ def find_task(
     name: str,                  # of a class, e.g. 'ImageClassifier'
 ) -> type:                      # the class
     "The task of a name. Raises `HubCorruptError` for what is none of this library's and not in `TASKS`."
-    if name in TASKS: return TASKS[name]
-    if name in (own := _library_tasks()): return own[name]
+    if isinstance(name, str) and name in TASKS: return TASKS[name]
+    if name in (own := list(_library_tasks())): return _library_tasks()[name]
     close = near_matches(str(name), [*TASKS, *own])
     raise HubCorruptError(f"There is no task {name!r}" + (f"; the nearest are {', '.join(close)}." if close else ".") +
                           " For a class of your own: load_pretrained(folder, cls=YourTask), or put it into autotimm.hub.TASKS.")
@@ -68,6 +72,11 @@ def _version(package: str) -> str | None:
     except PackageNotFoundError: return None
 
 def _is_note(value: Any) -> bool: return isinstance(value, Mapping) and set(value) == {"module"}
+
+def _is_own(model: Any) -> bool:
+    "Whether the backbone is a module of the user's own, which is given again when the folder is loaded."
+    spec = model.hparams.get("backbone")
+    return isinstance(spec, Mapping) and "class" in spec
 
 def _block(model: Any, kind: str) -> dict[str, Any]:
     "What `config.json` says to this library."
@@ -128,12 +137,15 @@ def _from_timm(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 # %% ../nbs/18_hub.ipynb #dcb4fd6a
-def _problem(model: Any) -> str: return "multi_label_classification" if model.multi_label else "single_label_classification"
+def _problem(model: Any) -> dict[str, str]:
+    "What transformers calls the problem; it takes no name for one class alone, which softmax is always sure of."
+    if model.num_classes == 1 and not model.multi_label: return {}
+    return {"problem_type": "multi_label_classification" if model.multi_label else "single_label_classification"}
 
 def _timm_config(model: Any) -> dict[str, Any]:
     "`config.json` as timm writes it, but for `num_classes` in `model_args`, which transformers would pass twice."
     settings = _timm_settings(model.backbone, model.data_config, model.num_classes)
-    return {**settings, "label_names": _names(model), "problem_type": _problem(model), "autotimm": _block(model, "timm")}
+    return {**settings, "label_names": _names(model), **_problem(model), "autotimm": _block(model, "timm")}
 
 def _write_timm(model: Any, folder: Path) -> Callable[[], Any]:
     "Write a classifier as a repository of timm's; returns how timm reads it."
@@ -165,7 +177,8 @@ def _write_native(model: Any, folder: Path, late: bool = False) -> Callable[[], 
     transformers = require("transformers", why="Saving a classifier on a transformers backbone")
     build, config = _native_class(transformers, model.backbone.model.config)
     names = _names(model)
-    config.id2label, config.label2id, config.problem_type = dict(enumerate(names)), {o: i for i, o in reversed(list(enumerate(names)))}, _problem(model)
+    config.id2label, config.label2id, config.problem_type = dict(enumerate(names)), {o: i for i, o in reversed(list(enumerate(names)))}, None
+    for key, value in _problem(model).items(): setattr(config, key, value)
     with torch.random.fork_rng(devices=[]): native = build(config)
     base, last = _native_parts(native, model.backbone.model)
     native.get_submodule(base).load_state_dict(model.backbone.model.state_dict(), strict=False)
@@ -190,7 +203,7 @@ def _read_native(folder: Path, where: str) -> Any:
     with _no_conversion(), _quiet(transformers):
         try: return transformers.AutoModelForImageClassification.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True,
                                                                                   use_safetensors=True)
-        except (OSError, RuntimeError, ValueError, KeyError) as e:
+        except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
             raise HubCorruptError(f"transformers cannot load {where}: {' '.join(str(e).split())[:300]}") from e
 
 def _from_native(model: Any, native: Any) -> dict[str, Tensor]:
@@ -298,18 +311,29 @@ def _front_matter(model: Any, kind: str, metrics: Mapping[str, Any], data: str |
     return ModelCardData(**values).to_yaml()
 
 # %% ../nbs/18_hub.ipynb #51e2fb23
-def _sample_code(kind: str, place: str, is_hub: bool) -> list[tuple[str, str]]:
-    "How each library that can loads the model."
-    code = [("autotimm", f'from autotimm.hub import load_pretrained\n\nmodel = load_pretrained("{place}")\nprint(model.predict("photo.jpg")[0].to_dict())')]
+def _sample_code(kind: str, place: str, is_hub: bool, channels: int = 3, own: bool = False, inside: bool = False) -> list[tuple[str, str]]:
+    "How each library that can loads the model; `own`: its backbone has to be given; `inside`: the file ends on what came of postprocessing."
+    given = ', backbone=backbone)    # the one it was built with, which no folder can hold' if own else ")"
+    code = [("autotimm", f'from autotimm.hub import load_pretrained\n\nmodel = load_pretrained("{place}"{given}\nprint(model.predict("photo.jpg")[0].to_dict())')]
+    if channels not in PIL_MODES:
+        # There are no files of such images to show it with.
+        return [("autotimm", code[0][1].rpartition("\n")[0] + f"\nprint(model.predict(images))    # a tensor (B, {channels}, H, W), normalised as below")]
+    image = f'Image.open("photo.jpg").convert("{PIL_MODES[channels]}")'
     if kind == "timm":
         code.append(("timm", "import timm\nfrom PIL import Image\n\n"
                      f'model = timm.create_model("{"hf-hub" if is_hub else "local-dir"}:{place}", pretrained=True).eval()\n'
                      "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)\n"
-                     'logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])'))
-    if kind in ("timm", "transformers"):
+                     f"logits = model(transform({image})[None])"))
+    if kind in ("timm", "transformers") and channels == 3:
         code.append(("transformers", f'from transformers import pipeline\n\nclassify = pipeline("image-classification", model="{place}")\nprint(classify("photo.jpg"))'))
-    code.append(("ONNX Runtime", 'from autotimm.export import export_to_onnx, load_onnx\n\nexport_to_onnx(model, "model.onnx")\n'
-                 'print(load_onnx("model.onnx").predict("photo.jpg")[0].to_dict())'))
+    elif kind in ("timm", "transformers"):
+        code.append(("transformers", "from PIL import Image\nfrom transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
+                     f'model = AutoModelForImageClassification.from_pretrained("{place}")    # pipeline() would make every image RGB\n'
+                     f'processor = AutoImageProcessor.from_pretrained("{place}")\n'
+                     f'logits = model(**processor({image}, return_tensors="pt")).logits'))
+    code.append(("ONNX Runtime", "from autotimm.export import export_to_onnx, load_onnx\n"
+                 f'from autotimm.hub import load_pretrained\n\nmodel = load_pretrained("{place}"{given}\n'
+                 f'export_to_onnx(model, "model.onnx"{", postprocess=True" if inside else ""})\nprint(load_onnx("model.onnx").predict("photo.jpg")[0].to_dict())'))
     return code
 
 _SETTINGS = ("lr", "weight_decay", "optimizer", "scheduler", "layer_decay", "freeze_backbone", "unfreeze_after", "ema_decay", "loss_fn",
@@ -325,7 +349,26 @@ def _card_for(text: str, repo_id: str) -> str:
     "The card of a saved folder, with a repository's name in its title and in its code."
     name = repo_id.rpartition("/")[2]
     text = text.replace(f"local-dir:{_PLACE}", f"hf-hub:{repo_id}").replace(_PLACE, repo_id)
-    return re.sub(r"^(# |- name: ).*$", lambda o: o[1] + name, text, count=2 if "model-index" in text else 1, flags=re.M)
+    shown = {"# ": _md(name), "- name: ": json.dumps(name)}     # a name like a number would be one in YAML
+    return re.sub(r"^(# |- name: ).*$", lambda o: o[1] + shown[o[1]], text, count=2 if "model-index" in text else 1, flags=re.M)
+
+def _check_card(metrics: Any, data: Any, training: Any, license: Any, card: Any, tags: Any, repo_id: Any) -> None:
+    "Raise `TypeError` or `ValueError` for what no card can hold, before anything is written."
+    for name, value in dict(metrics=metrics, training=training).items():
+        if not isinstance(value, (Mapping, type(None))): raise TypeError(f"{name} must be a dict of names and values, got {value!r}.")
+    for name, value in dict(data=data, license=license, card=card).items():
+        if not isinstance(value, (str, type(None))): raise TypeError(f"{name} must be text, got {value!r}.")
+    if not isinstance(tags, (list, tuple)) or any(not isinstance(o, str) for o in tags):
+        raise TypeError(f"tags must be a list of names, got {tags!r}.")
+    if repo_id is not None: _check_repo_id(repo_id)
+
+def _check_repo_id(repo_id: Any) -> None:
+    "Raise `ValueError` for what can be no repository of the Hub."
+    try:
+        validate_repo_id(repo_id)
+        good = isinstance(repo_id, str) and "/" in repo_id
+    except HFValidationError: good = False
+    if not good: raise ValueError(f"repo_id must look like 'org/name', of letters, digits, and single '-', '_' and '.', got {repo_id!r}.")
 
 def _make_card(model: Any, kind: str, note: str, *, metrics: Mapping[str, Any] | None, data: str | None, training: Mapping[str, Any] | None,
                license: str | None, card: str | None, tags: Sequence[str], repo_id: str | None, name: str) -> str:
@@ -340,7 +383,8 @@ def _make_card(model: Any, kind: str, note: str, *, metrics: Mapping[str, Any] |
              + (", several of which may apply to an image" if getattr(model, "multi_label", False) else "") + f". {FORMATS[kind][0].upper()}{FORMATS[kind][1:]}.",
              f"Trained on: {_md(data)}." if data else "", _md(note)]
     if metrics: parts += ["## Metrics", _table(((k, f"{v:.4f}" if isinstance(v, float) else v) for k, v in metrics.items()), "metric", "value")]
-    parts += ["## Use", *(f"### {k}\n\n```python\n{v}\n```" for k, v in _sample_code(kind, repo_id or _PLACE, repo_id is not None))]
+    parts += ["## Use", *(f"### {k}\n\n```python\n{v}\n```" for k, v in _sample_code(
+        kind, repo_id or _PLACE, repo_id is not None, config["input_size"][0], _is_own(model), getattr(model, "task_name", "") == "instance_segmentation"))]
     rows = [("size", f"{size} pixels, {config['input_size'][0]} channels"), *((k, config[k]) for k in ("crop_pct", "interpolation", "mean", "std"))]
     parts += ["## Preprocessing", _table(rows, "setting", "value")]
     if settings: parts += ["## Training", _table(settings.items(), "setting", "value")]
@@ -362,16 +406,32 @@ def _write_model(model: Any, folder: Path) -> tuple[str, str]:
     kind, reasons = getattr(getattr(model, "backbone", None), "library", ""), list[str]()
     for write in _WRITERS.get(kind, []) if _is_classifier(model) else []:
         try: difference = _check_written(model, write(model, folder))
-        except (ValueError, HubError) as e: reasons.append(str(e))
+        except (ValueError, KeyError, AttributeError, HubError) as e: reasons.append(str(e))
         else: return kind, f"Compared when saved, on a random batch: logits in {kind} " + ("equal to the last bit." if not difference else f"within {difference:.1e}.")
         for o in folder.iterdir(): o.unlink()
     reason = f"{kind} cannot express it: {reasons[0]}" if reasons else ""
     if kind == "transformers" and "logits" in reason: reason += " (it pools features in another way; create_backbone(..., pooling='mean') may be its own)"
     if reason: warnings.warn(f"{type(model).__name__} on {model.backbone.name!r} is saved in a format that only autotimm loads, since {reason}.", stacklevel=4)
     _write_own(model, folder)
-    return "autotimm", "Saved in a format that only autotimm loads" + (f", since {reason}." if reason else ".")
+    note = "Saved in a format that only autotimm loads" + (f", since {reason}." if reason else ".")
+    if _is_own(model): return "autotimm", note
+    try: load_pretrained(folder, cls=type(model))
+    except (HubError, ImportError, ValueError) as e:
+        reason = str(e).replace(str(folder), "...")
+        warnings.warn(f"{type(model).__name__} is saved, but its folder alone does not load: {reason}", stacklevel=4)
+        note += f" It does not load from this folder alone: {reason}"
+    return "autotimm", note
 
 # %% ../nbs/18_hub.ipynb #70ee189d
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    "Parts that `torch.compile` has wrapped stand in the model as themselves for a while, so that their weights have their names."
+    wrapped = [(o, k, part) for o in model.modules() for k, part in o.named_children() if hasattr(part, "_orig_mod")]
+    for parent, name, part in wrapped: setattr(parent, name, part._orig_mod)
+    try: yield
+    finally:
+        for parent, name, part in wrapped: setattr(parent, name, part)
+
 def save_pretrained(
     model: Any,                                     # a task
     folder: str | os.PathLike[str],                 # new, empty, or one that was saved before
@@ -385,27 +445,44 @@ def save_pretrained(
     repo_id: str | None = None,                     # where it will be pushed to, for the card's sample code
 ) -> Path:                                          # the folder
     "Save a model so that timm, transformers and this library load it, as far as they can; the folder is replaced in one step."
-    folder = Path(folder).expanduser()
-    _check_place(folder)
-    with atomic_path(folder) as hold:
+    data = os.fspath(data) if isinstance(data, os.PathLike) else data
+    _check_card(metrics, data, training, license, card, tags, repo_id)
+    model, folder = getattr(model, "_orig_mod", model), Path(folder).expanduser()
+    if lacks := [o for o in ("hparams", "num_classes", "class_names", "data_config") if not hasattr(model, o)]:
+        raise TypeError(f"Only a task, such as ImageClassifier, is saved: a {type(model).__name__} has no {lacks[0]}.")
+    place = folder.resolve()        # of a link, what it leads to is replaced, not the link
+    if place.exists() and os.path.samefile(place, "."):
+        raise FileExistsError(f"{os.fspath(folder)!r} is the folder that this process works in, and a model folder is replaced as a whole. Give one inside it.")
+    _check_place(place)
+    with atomic_path(place) as hold, _uncompiled(model):
         hold.mkdir()
         kind, note = _write_model(model, hold)
         text = _make_card(model, kind, note, metrics=metrics, data=data, training=training, license=license, card=card, tags=tags, repo_id=repo_id,
-                          name=(repo_id or folder.name).rpartition("/")[2])
+                          name=(repo_id or place.name).rpartition("/")[2])
         (hold / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 # %% ../nbs/18_hub.ipynb #ea0e8d92
+def _check_token(token: Any) -> None:
+    "Raise `TypeError` or `ValueError` for what can be no token, without telling it: the client would, in its error."
+    if not isinstance(token, (str, bool, type(None))): raise TypeError(f"token must be text, True, False or None, got {type(token).__name__}.")
+    if isinstance(token, str) and not re.fullmatch("[!-~]+", token):
+        raise ValueError("token is empty, or holds a space, a line break or another sign that no token has. It is not shown here.")
+
 def _find(folder_or_id: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> tuple[_Files, _Reference, str]:
     "The files of a model, fetched where they are on the Hub, what stands for it, and what to call it in messages."
     text = f"local-dir:{os.fspath(folder_or_id)}" if isinstance(folder_or_id, os.PathLike) else folder_or_id
+    _check_token(token)
     ref = _locate(text)
+    if ref.source is ModelSource.HF_HUB and revision and ref.revision not in (None, revision):
+        raise ValueError(f"{text!r} and revision={revision!r} name two revisions. Give one of them.")
     if ref.source is ModelSource.HF_HUB: return _fetch(ref.target, revision or ref.revision, "safetensors", token), ref, repr(ref.target)
     if ref.source is ModelSource.TIMM:
         raise HubNotFoundError(f"{text!r} is neither a folder nor a Hub id 'org/name'. A timm name is a backbone: "
                                f"ImageClassifier(backbone={text!r}, num_classes=...).")
     folder = Path(ref.target).expanduser()
     if not folder.is_dir(): raise HubNotFoundError(f"Folder {ref.target!r} not found. Give a folder that save_pretrained wrote, or a Hub id 'org/name'.")
+    if revision is not None: raise ValueError(f"{text!r} is a folder here, which has no revisions; got revision={revision!r}. A repository is 'hf-hub:org/name'.")
     if not (folder / "config.json").is_file(): raise HubCorruptError(f"Folder {ref.target!r} has no config.json, so it holds no model.")
     return _Files(folder), ref, f"folder {ref.target!r}"
 
@@ -423,8 +500,11 @@ _READERS: dict[str, Callable[[Any, Path, str], dict[str, Tensor]]] = {
 def _fill(model: Any, kind: str, folder: Path, where: str) -> None:
     "Give a model the weights of a folder. Raises `HubCorruptError` if they are not its own."
     wanted = model.state_dict()
+    unfit = f"The weights of {where} are not those of the {type(model).__name__} that its config describes"
     try: found = _kept(_READERS[kind](model, folder, where))
+    except HubError: raise
     except KeyError as e: raise HubCorruptError(f"The weights of {where} lack {e}, which {model.backbone.name!r} has.") from e
+    except (ValueError, TypeError, AttributeError, RuntimeError) as e: raise HubCorruptError(f"{unfit}: {e}") from e
     if hasattr(model, "on_load_checkpoint"): model.on_load_checkpoint(checkpoint := {"state_dict": found})
     else: checkpoint = {"state_dict": found}
     found = checkpoint["state_dict"]
@@ -432,7 +512,7 @@ def _fill(model: Any, kind: str, folder: Path, where: str) -> None:
     odd = [k for k, v in found.items() if k in wanted and wanted[k].shape != v.shape]
     if missing or unknown or odd:
         what = f"lack {missing[0]}" if missing else f"hold {unknown[0]}, which it has not" if unknown else f"hold {odd[0]} in another shape"
-        raise HubCorruptError(f"The weights of {where} are not those of the {type(model).__name__} that its config describes: they {what}.")
+        raise HubCorruptError(f"{unfit}: they {what}.")
     model.load_state_dict(found, strict=False)
 
 # %% ../nbs/18_hub.ipynb #95a2e89e
@@ -442,6 +522,9 @@ def _foreign(files: _Files, ref: _Reference, config: Mapping[str, Any], where: s
     if not is_timm and not str(kinds[0]).endswith("ForImageClassification"):
         raise HubCorruptError(f"{where} holds no classifier, and was not saved by this library. It may be a backbone: "
                               "ImageClassifier(backbone=..., num_classes=...).")
+    if settled := [o for o in ("backbone", "num_classes") if o in kwargs]:
+        raise ValueError(f"{where} is taken over as the classifier that it is, so {settled[0]}={kwargs[settled[0]]!r} cannot be set. A new head on it: "
+                         "ImageClassifier(backbone=..., num_classes=...).")
     silent = contextlib.nullcontext() if is_timm else _quiet(require("transformers", why=f"{where} holds a transformers model, and reading it"))
     with torch.random.fork_rng(devices=[]), silent:
         other = _read_timm(files.folder, where) if is_timm else _read_native(files.folder, where)
@@ -466,9 +549,10 @@ def _foreign(files: _Files, ref: _Reference, config: Mapping[str, Any], where: s
 
 def _read_timm(folder: Path, where: str) -> Any:
     "timm's model of a folder."
-    _check_weights(folder / _weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
-    try: return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (RuntimeError, TypeError, KeyError) as e: raise HubCorruptError(f"timm cannot load {where}: {' '.join(str(e).split())[:300]}") from e
+    _check_weights(path := folder / _weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
+    # The very file that was looked at: timm itself prefers some pickles to some safetensors.
+    try: return timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=dict(source="", file=str(path)))
+    except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, AssertionError, pickle.UnpicklingError) as e: raise HubCorruptError(f"timm cannot load {where}: {' '.join(str(e).split())[:300]}") from e
 
 def _timm_names(model: Any, config: Mapping[str, Any]) -> list[str] | None:
     "Names of the classes of a timm model: the folder's, or ImageNet's."
@@ -496,13 +580,19 @@ def load_pretrained(
     block = config.get("autotimm")
     if not isinstance(block, Mapping) or not isinstance(block.get("hparams"), Mapping):
         return _foreign(files, ref, config, where, cls, kwargs)
-    if block.get("format") not in _READERS:
+    if str(block.get("format")) not in _READERS:
         raise HubError(f"{where} is in the format {block.get('format')!r}; this version of autotimm reads {', '.join(_READERS)}. A newer one may read it.")
     task = cls or find_task(block.get("task", ""))
     hparams = {**block["hparams"], **kwargs}
+    if task.__module__.split(".")[0] == "autotimm" and "backbone" not in kwargs and not isinstance(hparams.get("backbone", {}), Mapping):
+        raise HubCorruptError(f"config.json of {where} must describe its backbone, got {hparams['backbone']!r}. No other model is loaded because a config names it.")
     if kwargs.get("num_classes") not in (None, block["hparams"].get("num_classes")) and "class_names" not in kwargs: hparams["class_names"] = None
     allowed = [*TRUSTED_MODULES, *([allow] if isinstance(allow, str) else allow)]
-    with torch.random.fork_rng(devices=[]): model = task(**hparams, allow=allowed)
+    try:
+        with torch.random.fork_rng(devices=[]): model = task(**hparams, allow=allowed)
+    except (TypeError, LookupError, AttributeError, RuntimeError) as e:
+        if kwargs or isinstance(e, HubError): raise
+        raise HubCorruptError(f"The {task.__name__} that config.json of {where} describes cannot be built: {' '.join(str(e).split())[:300]}") from e
     _fill(model, block["format"], files.folder, where)
     return model.eval()
 
@@ -522,13 +612,18 @@ def _push_error(e: Exception, repo_id: str, revision: str | None) -> HubError:
     if isinstance(found, (HubNotFoundError, HubAccessError)): return found
     if status is not None: return HubError(f"{repo_id!r} could not be pushed: the Hub answered {status}. Nothing was changed; try again later.")
     reason = (str(e).splitlines() or [type(e).__name__])[0]
+    if isinstance(e, ValueError): return HubError(f"{repo_id!r} could not be pushed: {reason}")
     return HubOfflineError(f"{repo_id!r} could not be pushed to {constants.ENDPOINT} ({reason}). No half of it is there; check the network, and push again.")
 
 def _commit(api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str, card: str | None = None) -> str:
     "Make the repository if need be, and one commit; its address. `card` is sent in place of the folder's README.md."
     _within(_PUSH_SECONDS, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if private and not api.model_info(repo_id).private:
+        raise HubError(f"{repo_id!r} is there already and public; private=True makes only new repositories private. Nothing was pushed. Make it private first, "
+                       f"HfApi().update_repo_settings({repo_id!r}, private=True), or push to another.")
     if revision and revision not in {o.name for o in api.list_repo_refs(repo_id).branches}: api.create_branch(repo_id, branch=revision)
-    ours: dict[str, Any] = {o.name: o for o in sorted(folder.iterdir()) if o.is_file()}
+    # Hidden files, such as .env, are no part of a model.
+    ours: dict[str, Any] = {o.name: o for o in sorted(folder.iterdir()) if o.is_file() and (o.name == ".gitattributes" or not o.name.startswith("."))}
     if card is not None: ours["README.md"] = card.encode()
     stale = [o for o in api.list_repo_files(repo_id, revision=revision) if o not in ours and
              (o in _OUR_FILES or re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|index\.json)", o)) and o != ".gitattributes"]
@@ -537,24 +632,29 @@ def _commit(api: HfApi, folder: Path, repo_id: str, private: bool | None, revisi
 
 # %% ../nbs/18_hub.ipynb #602cd74c
 def push_to_hub(
-    model: Any,                             # a task, or a folder that `save_pretrained` wrote
+    model: Any,                             # a task, or a folder that `save_pretrained` of a task or backbone wrote
     repo_id: str,                           # 'org/name'; made if there is none
     *,
-    private: bool | None = None,            # of a new repository; None: as the account has it
+    private: bool | None = None,            # of a new repository; None: as the account has it; True is refused where it is public
     token: str | bool | None = None,        # None: from the usual places
     revision: str | None = None,            # branch, made if there is none; None: main
     commit_message: str = "Model saved by autotimm",
     **kwargs: Any,                          # of `save_pretrained`
 ) -> str:                                   # address of the commit
     "Put a model into a repository of the Hub, in one commit. Raises a `HubError` if that cannot be done."
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", repo_id): raise ValueError(f"repo_id must look like 'org/name', got {repo_id!r}.")
+    _check_repo_id(repo_id)
+    _check_token(token)
+    if not isinstance(private, (bool, type(None))): raise TypeError(f"private must be True, False or None, got {private!r}.")
+    if not isinstance(commit_message, str) or not commit_message.strip(): raise ValueError(f"commit_message must be text, got {commit_message!r}.")
     if constants.HF_HUB_OFFLINE: raise HubOfflineError("HF_HUB_OFFLINE=1 forbids asking the Hub. Unset it, or save the model with save_pretrained(folder).")
     card = None
     with contextlib.ExitStack() as stack:
         if isinstance(model, (str, os.PathLike)):
             folder = Path(model).expanduser()
-            if not is_pretrained_folder(folder): raise HubNotFoundError(f"{os.fspath(model)!r} is no folder that save_pretrained wrote.")
+            if not _our_block(folder): raise HubNotFoundError(f"{os.fspath(model)!r} is no folder that save_pretrained wrote.")
             if kwargs: raise ValueError(f"A saved folder is pushed as it is, so {sorted(kwargs)} cannot be set. Push the model itself.")
+            where = f"folder {os.fspath(model)!r}"
+            _check_weights(folder / _weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
             if (folder / "README.md").is_file(): card = _card_for((folder / "README.md").read_text(encoding="utf-8"), repo_id)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / repo_id.rpartition("/")[2]
@@ -582,19 +682,30 @@ def convert_checkpoint(
     "A folder of the model in a checkpoint. Raises `ValueError` for a file that is none."
     name = Path(checkpoint).name
     try: found = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e: raise ValueError(f"{name!r} cannot be read as a checkpoint: {' '.join(str(e).split())[:200]}") from e
-    if not isinstance(found, Mapping) or "state_dict" not in found: raise ValueError(f"{name!r} is no checkpoint of Lightning's: it holds no state_dict.")
-    task: Any = cls or _task_of(found.get("hyper_parameters", {}), repr(name))
-    return save_pretrained(task.load_from_checkpoint(checkpoint, map_location="cpu", allow=allow), folder, **kwargs)
+    except (FileNotFoundError, IsADirectoryError, PermissionError): raise
+    # A damaged archive ends in any of these, and torch's own words advise to load what is in it at any risk.
+    except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, OSError, TypeError, AttributeError) as e:
+        raise ValueError(f"{name!r} cannot be read as a checkpoint: it is cut off, no checkpoint, or holds more than tensors and plain values.") from e
+    if not isinstance(found, Mapping) or not isinstance(found.get("state_dict"), Mapping):
+        raise ValueError(f"{name!r} is no checkpoint of Lightning's: it holds no state_dict.")
+    hparams: Any = found.get("hyper_parameters") or {}
+    source: Any = checkpoint
+    if not isinstance(hparams, Mapping): raise ValueError(f"{name!r} holds no hyperparameters by name, but {type(hparams).__name__}.")
+    state = {re.sub(r"(^|\.)_orig_mod\.", r"\1", k): v for k, v in found["state_dict"].items()}
+    if state.keys() != found["state_dict"].keys():      # parts were wrapped by torch.compile
+        torch.save({**found, "state_dict": state}, source := io.BytesIO())
+        source.seek(0)
+    task: Any = cls or _task_of(hparams, repr(name))
+    return save_pretrained(task.load_from_checkpoint(source, map_location="cpu", allow=allow), folder, **kwargs)
 
 def folder_to_checkpoint(
     folder: str | os.PathLike[str],         # folder or Hub id, as for `load_pretrained`
     checkpoint: str | os.PathLike[str],     # file to write
     **kwargs: Any,                          # of `load_pretrained`
 ) -> Path:                                  # the file; `Task.load_from_checkpoint` reads it
-    "A checkpoint, as Lightning writes it, of the model in a folder."
+    "A checkpoint, as Lightning writes it, of the model in a folder; training goes on from it with a fresh optimiser."
     model = load_pretrained(folder, **kwargs)
     with atomic_path(checkpoint) as hold:
-        torch.save({"state_dict": model.state_dict(), "hyper_parameters": to_plain(dict(model.hparams)), "epoch": 0, "global_step": 0,
+        torch.save({"state_dict": model.state_dict(), "hyper_parameters": to_plain(dict(model.hparams)), "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": [],
                     "pytorch-lightning_version": version("pytorch-lightning")}, hold)
     return Path(checkpoint)

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import timm
 import torch
 import transformers
 from huggingface_hub import ModelCard, list_repo_commits, list_repo_files, model_info
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from autotimm import BackboneConfig, HubError, ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, YOLOXDetector
@@ -169,6 +171,40 @@ def test_nothing_of_the_machine_is_told(tmp_path):
         for secret in secrets: assert len(secret) < 4 or secret.encode() not in head, (path.name, secret)
 
 
+@pytest.mark.parametrize("backbone, channels", [(SMALL, 1), (SMALL, 4), (transformers.ViTConfig(**TOKENS), 1)], ids=["timm-1", "timm-4", "transformers-1"])
+def test_the_code_in_a_card_runs_for_images_that_are_not_rgb(backbone, channels, tmp_path, monkeypatch):
+    model = classifier(backbone, in_chans=channels, image_size=64)
+    text = (model.save_pretrained(tmp_path / "net") / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    photo().save("photo.jpg")
+    said = logits(model, model.preprocess(Image.open("photo.jpg")))
+    codes = dict(re.findall(r"### (.*?)\n\n```python\n(.*?)\n```", text, re.S))
+    assert list(codes) == ["autotimm", *(["timm"] if backbone is SMALL else []), "transformers", "ONNX Runtime"]
+    for kind, code in codes.items():
+        if kind == "ONNX Runtime": continue
+        exec(code.replace("path/to/folder", str(tmp_path / "net")), found := {})
+        if kind != "autotimm": assert torch.allclose(found["logits"].detach(), said, atol=0.05)
+
+
+def test_the_code_in_a_card_says_what_else_is_needed(tmp_path):
+    class Own(nn.Module):
+        num_features, data_config = 5, dict(input_size=(5, 32, 32), mean=(0.5,) * 5, std=(0.5,) * 5, interpolation="bilinear", crop_pct=1.0)
+        def forward(self, x): return x.mean((2, 3))
+    text = (classifier(Own()).save_pretrained(tmp_path / "own") / "README.md").read_text()
+    assert '"path/to/folder", backbone=backbone)' in text and "a tensor (B, 5, H, W)" in text and "photo.jpg" not in text
+    text = (InstanceSegmentor(SMALL, 3).eval().save_pretrained(tmp_path / "instances") / "README.md").read_text()
+    assert 'export_to_onnx(model, "model.onnx", postprocess=True)' in text
+
+
+@pytest.mark.parametrize("backbone", [SMALL, transformers.ViTConfig(**TOKENS)], ids=["timm", "transformers"])
+def test_one_class_alone_loads_everywhere(backbone, tmp_path):
+    model = classifier(backbone, 1, class_names=["only"])
+    folder, x = model.save_pretrained(tmp_path / "net"), batch(model)
+    assert torch.allclose(AutoModelForImageClassification.from_pretrained(folder).eval()(x).logits, logits(model, x), atol=1e-5)
+    assert pipeline("image-classification", model=str(folder))(photo())[0]["label"] == "only"
+    assert torch.equal(logits(load_pretrained(folder), x), logits(model, x))
+
+
 # ---- classifiers on transformers
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -293,6 +329,55 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert is_pretrained_folder(classifier().save_pretrained(tmp_path / "empty"))
 
 
+def test_what_a_link_leads_to_is_replaced(tmp_path):
+    model = classifier()
+    for name, there in (("empty", True), ("none", False)):
+        if there: (tmp_path / name).mkdir()
+        (tmp_path / f"to-{name}").symlink_to(tmp_path / name)
+        model.save_pretrained(tmp_path / f"to-{name}")
+        assert (tmp_path / f"to-{name}").is_symlink() and is_pretrained_folder(tmp_path / name)
+
+
+def test_the_folder_that_a_process_works_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (".", "", "../here", tmp_path / "here"):
+        with pytest.raises(FileExistsError, match="works in"): classifier().save_pretrained(place)
+    assert os.listdir(tmp_path) == ["here"] and os.listdir(".") == []
+    assert is_pretrained_folder(classifier().save_pretrained("net"))
+
+
+@pytest.mark.parametrize("wrong, error", [(dict(metrics=0.5), TypeError), (dict(metrics=[("a", 1)]), TypeError), (dict(training=[1]), TypeError),
+    (dict(data=["a"]), TypeError), (dict(license=3), TypeError), (dict(card=Path("a")), TypeError), (dict(tags="cats"), TypeError), (dict(tags=[1]), TypeError),
+    (dict(repo_id='a/b"c'), ValueError)])
+def test_what_no_card_can_hold_is_named_at_once(wrong, error, tmp_path):
+    with pytest.raises(error, match=next(iter(wrong))): classifier().save_pretrained(tmp_path / "net", **wrong)
+    with pytest.raises(TypeError, match="a Linear has no hparams"): save_pretrained(nn.Linear(2, 2), tmp_path / "net")
+    assert os.listdir(tmp_path) == []
+
+
+def test_parts_that_are_compiled_are_saved_by_their_own_names(tmp_path):
+    model, x = classifier(), batch(classifier())
+    said = logits(model, x)
+    whole = torch.compile(model)
+    assert torch.equal(logits(load_pretrained(save_pretrained(whole, tmp_path / "whole")), x), said)
+    model.backbone.model = inner = torch.compile(model.backbone.model)
+    folder = model.save_pretrained(tmp_path / "inner")
+    assert model.backbone.model is inner and config(folder)["autotimm"]["format"] == "timm"
+    assert torch.equal(logits(load_pretrained(folder), x), said)
+    dense = SemanticSegmentor(SMALL, 3)
+    dense.head = torch.compile(dense.head)
+    assert not any("_orig_mod" in k for k in load_pretrained(dense.save_pretrained(tmp_path / "dense")).state_dict())
+
+
+def test_what_its_folder_alone_cannot_load_says_so(tmp_path):
+    model = classifier()
+    nn.utils.parametrizations.weight_norm(model.head.fc)
+    with pytest.warns(UserWarning) as told: folder = model.save_pretrained(tmp_path / "net")
+    assert "its folder alone does not load: The weights of folder '...' are not those" in str(told[-1].message)
+    assert "does not load from this folder alone" in (folder / "README.md").read_text()
+
+
 def test_a_process_killed_while_it_saves_leaves_the_old_folder(tmp_path):
     old = classifier()
     old.save_pretrained(tmp_path / "net")
@@ -336,6 +421,32 @@ def test_broken_folders_are_clear_errors(tmp_path):
         with pytest.raises(error, match=says): load_pretrained(folder)
         for o in folder.iterdir(): o.unlink()
         folder.rmdir()
+
+
+@pytest.mark.parametrize("change", [dict(hparams={}), dict(task=["ImageClassifier"]), dict(task=None), dict(format=["timm"]), dict(format="transformers"),
+    dict(task="SemanticSegmentor"), dict(hparams=dict(bogus=1)), dict(hparams=dict(allow=["os"])), dict(hparams=dict(backbone="resnet18")),
+    dict(hparams=dict(backbone=dict(kind="timm"))), dict(hparams=dict(num_classes=10**12, class_names=None))], ids=str)
+def test_a_config_that_describes_no_model_is_a_clear_error(change, tmp_path):
+    folder = classifier().save_pretrained(tmp_path / "net")
+    values = config(folder)
+    if change.get("hparams"): change = dict(hparams={**values["autotimm"]["hparams"], **change["hparams"]})
+    (folder / "config.json").write_text(json.dumps({**values, "autotimm": {**values["autotimm"], **change}}))
+    with pytest.raises(HubError, match="net'|no task"): load_pretrained(folder)
+
+
+def test_timm_reads_the_weights_that_were_looked_at(tmp_path):
+    timm.models.save_for_hf(made := timm.create_model("test_resnet", num_classes=3), tmp_path, safe_serialization=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"timm would rather have this one")
+    model = load_pretrained(tmp_path)
+    assert torch.equal(logits(model, batch(model)), logits(made, batch(model)))
+
+
+def test_what_is_settled_or_has_no_revision_is_refused(tmp_path):
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path / "plain", safe_serialization=True)
+    with pytest.raises(ValueError, match="num_classes=5 cannot be set"): load_pretrained(tmp_path / "plain", num_classes=5)
+    with pytest.raises(ValueError, match="has no revisions"): load_pretrained(tmp_path / "plain", revision="v1")
+    with pytest.raises(ValueError, match="two revisions"): load_pretrained("me/net@a", revision="b")
 
 
 def test_another_number_of_classes_takes_a_new_head(tmp_path):
@@ -421,6 +532,48 @@ def test_errors_of_a_push_come_soon_and_say_what_to_do(hub, kind, error, tmp_pat
     assert model_info("me/net").sha == before
 
 
+def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, tmp_path):
+    model = classifier()
+    hub.requests.clear()
+    for wrong in (None, 3, "net", "me/né", "me/net.git", "me/a--b", "me/" + "x" * 100, "me/net\n", "hf-hub:me/net"):
+        with pytest.raises(ValueError, match="repo_id must look like"): model.push_to_hub(wrong)
+    for token in ("hf_secret\n", "", "hf secret"):
+        for call in (model.push_to_hub, load_pretrained):
+            with pytest.raises(ValueError, match="token is empty, or holds") as e: call("me/net", token=token)
+            assert "secret" not in str(e.value)
+    with pytest.raises(TypeError, match="private"): model.push_to_hub("me/net", private="yes")
+    with pytest.raises(ValueError, match="commit_message"): model.push_to_hub("me/net", commit_message=" ")
+    folder = model.save_pretrained(tmp_path / "net")
+    whole = (folder / "model.safetensors").read_bytes()
+    for content, says in ((whole[:-100], "cut or broken"), (None, "has no weights")):
+        if content is None: (folder / "model.safetensors").unlink()
+        else: (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(HubCorruptError, match=says): push_to_hub(folder, "me/net")
+    assert not hub.requests and not hub.repos
+
+
+def test_a_private_model_does_not_go_where_all_can_see_it(hub):
+    model = classifier()
+    model.push_to_hub("me/open")
+    before = model_info("me/open").sha
+    with pytest.raises(HubError, match="there already and public"): classifier(classes=4).push_to_hub("me/open", private=True)
+    assert model_info("me/open").sha == before
+    model.push_to_hub("me/closed", private=True)
+    model.push_to_hub("me/closed", private=True, card="again")
+
+
+def test_hidden_files_stay_at_home_and_a_backbone_is_pushed_too(hub, tmp_path):
+    model = classifier()
+    folder = model.save_pretrained(tmp_path / "net", metrics={"val/accuracy": 0.5})
+    (folder / ".env").write_text("HF_TOKEN=secret")
+    (folder / "notes.md").write_text("mine")
+    push_to_hub(folder, "me/123")
+    assert list_repo_files("me/123") == [".gitattributes", "README.md", "config.json", "model.safetensors", "notes.md"]
+    assert ModelCard.load("me/123").data.model_name == "123"            # in YAML a number, were it not quoted
+    push_to_hub(model.backbone.save_pretrained(tmp_path / "backbone"), "me/backbone")
+    assert torch.equal(create_backbone("hf-hub:me/backbone").eval()(batch(model)), model.backbone(batch(model)))
+
+
 def test_tokens(hub):
     model = classifier()
     with pytest.raises(HubAccessError, match="401"): model.push_to_hub("me/net", token="wrong")
@@ -490,3 +643,49 @@ def test_a_class_of_ones_own_does_not_take_the_name_of_the_librarys():
     type("ImageClassifier", (ours,), {"__module__": "mine"})
     mine = type("MyClassifier", (ours,), {"__module__": "mine"})
     assert TASKS["ImageClassifier"] is ours and TASKS["MyClassifier"] is mine
+
+
+# ---- checkpoints
+
+def run_of(model, folder):
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer.fit(model, DataLoader(TensorDataset(torch.randn(4, *model.data_config["input_size"]), torch.arange(4) % 3), 2))
+    trainer.save_checkpoint(folder / "run.ckpt")
+    return folder / "run.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_goes_on_from_a_folder(tmp_path):
+    settings = dict(image_size=32, lr=0.02, optimizer="sgd", label_smoothing=0.1, threshold=0.4, class_names=["a", "b", "c"])
+    model = classifier(**settings)
+    run = run_of(model, tmp_path)
+    back = folder_to_checkpoint(convert_checkpoint(run, tmp_path / "net"), tmp_path / "back.ckpt")
+    again = ImageClassifier.load_from_checkpoint(back)
+    assert {k: again.hparams[k] for k in settings if k != "image_size"} == {k: v for k, v in settings.items() if k != "image_size"}
+    other = classifier(**settings, weight_decay=0.0, scheduler=None)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                         limit_train_batches=1)
+    other.lr = 1e-12
+    trainer.fit(other, DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4) % 3), 2), ckpt_path=back)
+    for a, b in zip(other.parameters(), again.parameters(), strict=True): assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_and_compiled_checkpoints(tmp_path):
+    model = classifier(image_size=32)
+    found = torch.load(run_of(model, tmp_path), weights_only=True)
+    for name in ("backbone.model._orig_mod.", "_orig_mod.backbone.model."):
+        state = {k.replace("backbone.model.", name): v for k, v in found["state_dict"].items()}
+        torch.save({**found, "state_dict": state}, tmp_path / "compiled.ckpt")
+        folder = convert_checkpoint(tmp_path / "compiled.ckpt", tmp_path / "net")
+        assert torch.equal(logits(load_pretrained(folder), batch(model)), logits(model, batch(model)))
+    whole = (tmp_path / "run.ckpt").read_bytes()
+    place = whole.index(b"backbone_name")                       # in the pickle's text
+    for content in (b"", whole[:-500], whole[:place] + b"\xff\xff" + whole[place + 2:], b"no checkpoint"):
+        (tmp_path / "bad.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match="'bad.ckpt' cannot be read as a checkpoint") as e: convert_checkpoint(tmp_path / "bad.ckpt", tmp_path / "none")
+        assert type(e.value) is ValueError and "weights_only" not in str(e.value)
+    for change in (dict(hyper_parameters=[1]), dict(hyper_parameters=None), dict(state_dict=[1])):
+        torch.save({**found, **change}, tmp_path / "bad.ckpt")
+        with pytest.raises(ValueError, match="bad.ckpt"): convert_checkpoint(tmp_path / "bad.ckpt", tmp_path / "none")
+    assert not (tmp_path / "none").exists()

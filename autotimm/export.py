@@ -9,9 +9,10 @@ __all__ = ['task_of', 'describe', 'ExportError', 'exportable', 'decode_places', 
            'as_exported', 'example_inputs', 'resized_inputs', 'find_size_step', 'name_dims', 'traced_size',
            'trace_program', 'compare', 'open_session', 'run_session', 'read_proto', 'write_onnx', 'export_to_onnx',
            'export_checkpoint_to_onnx', 'validate_onnx_export', 'to_results', 'OnnxFile', 'OnnxFunction', 'OnnxModel',
-           'load_onnx', 'Quantized', 'input_batches', 'measure_accuracy', 'measure_agreement', 'quantize_onnx',
-           'ProgramModel', 'export_program', 'load_program', 'export_to_torchscript', 'load_torchscript',
-           'export_checkpoint_to_torchscript', 'validate_torchscript_export']
+           'load_onnx', 'Quantized', 'input_batches', 'measure_accuracy', 'measure_masks', 'measure_objects',
+           'measure_agreement', 'quantize_onnx', 'ProgramModel', 'export_program', 'load_program',
+           'export_to_torchscript', 'load_torchscript', 'export_checkpoint_to_torchscript',
+           'validate_torchscript_export']
 
 # %% ../nbs/19_export.ipynb #e5841fa1
 import contextlib
@@ -36,13 +37,14 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten_with_path
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou, nms, roi_align
+from tqdm.auto import tqdm
 
-from .boxes import decode_detections, level_points, ltrb_to_xyxy
+from .boxes import decode_detections, level_points, ltrb_to_xyxy, scale_boxes
 from .core import atomic_path, require, to_plain
-from .data.readers import BadImageError, load_image
+from .data.readers import BadImage, BadImageError
 from .data.transforms import find_data_config
-from .prediction import (detections_to_original, find_images, logits_to_classes, predict_images, prepare_classification,
-                                 prepare_dense)
+from .prediction import (MAX_PIXELS, check_prediction, detections_to_original, find_images, logits_to_classes, original_size,
+                                 predict_images, prepare_classification, prepare_dense, read_and_prepare)
 from .results import ClassificationResult, DetectionResult, Result, Results, SegmentationResult
 from .viz import Table
 from .yolox import decode_yolox
@@ -70,7 +72,7 @@ def describe(
                             "class_names": getattr(model, "class_names", None), "num_classes": getattr(model, "num_classes", None),
                             "data_config": find_data_config(model)}
     hparams = getattr(model, "hparams", None) or {}
-    for name in ("multi_label", "threshold", "temperature", "score_thresh", "nms_thresh", "max_detections_per_image", "mask_threshold"):
+    for name in ("multi_label", "threshold", "temperature", "ignore_index", "score_thresh", "nms_thresh", "max_detections_per_image", "mask_threshold"):
         value = getattr(model, name, hparams.get(name))
         if value is not None: info[name] = value
     predictor: Any = getattr(model, "predictor", None)
@@ -117,6 +119,8 @@ def exportable(
 ) -> Iterator[nn.Module]:                           # the module inside: in eval mode, on the CPU, not compiled
     "A model as exporters need it; afterwards it is as it was."
     model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule): raise TypeError("model is TorchScript already, which the exporters cannot follow. Export the module it was made of.")
     wrapped = [(o, k, v) for o in model.modules() for k, v in o._modules.items() if hasattr(v, "_orig_mod")]
     device = _check_weights(model)
     for o, k, v in wrapped: o._modules[k] = v._orig_mod  # type: ignore[union-attr, assignment]
@@ -127,7 +131,8 @@ def exportable(
     try:
         for o in lightning: o._jit_is_scripting = True  # type: ignore[assignment]
         for o in modules: o.training, o._compiled_call_impl = False, None
-        with torch.no_grad(): yield model.cpu()
+        # A caller's autocast would become part of the file.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False): yield model.cpu()
     finally:
         model.to(device)
         for o in lightning: del o._jit_is_scripting
@@ -235,7 +240,7 @@ def pick_objects(
     first = F.pad(rank, [0, max_detections]).topk(max_detections, 1)
     real, index = first.values > 0, first.indices.clamp(max=pre_nms_top_k - 1)
     pick = lambda x, nothing: x.gather(1, index).where(real, nothing)
-    return (boxes.gather(1, index[..., None].expand(-1, -1, 4)) * real[..., None], pick(best, 0.0), pick(labels, -1),
+    return (boxes.gather(1, index[..., None].expand(-1, -1, 4)).where(real[..., None], 0.0), pick(best, 0.0), pick(labels, -1),
             keep.sum(1).clamp(max=max_detections))
 
 # %% ../nbs/19_export.ipynb #6054bab9
@@ -406,7 +411,7 @@ def example_inputs(
             raise ValueError(f"example_input is needed: {type(model).__name__} does not say which images it takes. Pass a tensor such as "
                              "torch.randn(1, 3, 224, 224), or a tuple of them for several inputs.")
         example_input = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    inputs = (example_input,) if not isinstance(example_input, (tuple, list)) else tuple(example_input)
     if not inputs or not all(isinstance(o, Tensor) for o in inputs):
         raise TypeError(f"example_input must be a tensor or a tuple of tensors, got {type(example_input).__name__}.")
     if any(not o.ndim or not len(o) for o in inputs): raise ValueError(f"example_input must have a batch of at least one, got {[tuple(o.shape) for o in inputs]}.")
@@ -527,15 +532,20 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
 
 def open_session(
     path: str | os.PathLike[str],                   # the file
-    providers: Sequence[str] | None = None,         # of onnxruntime; None: the CPU
+    providers: str | Sequence[str] | None = None,   # of onnxruntime, the first that is there counts; None: the CPU
     threads: int | None = None,                     # that compute; None: all processors
 ) -> Any:                                           # onnxruntime.InferenceSession
-    "A session on a file. Raises `ExportError` for a file that onnxruntime does not take."
+    "A session on a file. Raises `ExportError` for a file that onnxruntime does not take, `ValueError` where no provider is there."
     ort = _runtime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     if threads is not None: options.intra_op_num_threads = threads
-    try: return ort.InferenceSession(os.fspath(path), options, providers=list(providers or ["CPUExecutionProvider"]))
+    asked: list[Any] = [providers] if isinstance(providers, str) else list(providers or ["CPUExecutionProvider"])
+    called, here = [o if isinstance(o, str) else o[0] for o in asked], ort.get_available_providers()
+    # onnxruntime itself would go on without them.
+    unknown = sorted(set(called) - set(ort.get_all_providers())) or ([] if set(called) & set(here) else called)
+    if unknown: raise ValueError(f"providers must be some of {', '.join(here)}, which onnxruntime has on this machine; got {unknown[0]!r}.")
+    try: return ort.InferenceSession(os.fspath(path), options, providers=asked)
     except _runtime_errors() as e: raise ExportError(f"onnxruntime does not take {Path(path).name!r}: {_first_line(e)}") from e
 
 def run_session(
@@ -573,13 +583,13 @@ def _translate_by_tracing(module: Exported, inputs: Sequence[Tensor], dims: Sequ
     except _FAILURES as e: raise ExportError(f"{type(module.model).__name__} cannot be written with opset {opset} ({_first_line(e)}). Opset 18 is what torch writes best.") from e
     return _onnx().load_model_from_string(data.getvalue())
 
-def _tidy(proto: Any, dims: Sequence[Mapping[int, str]]) -> None:
-    "Take out notes on this machine's files, and call open dimensions by their names."
+def _tidy(proto: Any, dims: Sequence[Mapping[int, str]], dim_names: Mapping[str, str]) -> None:
+    "Take out notes on this machine's files, and call open dimensions by their names, or by those that were asked for."
     graph, called = proto.graph, {}
     for value, names in zip(graph.input, dims):
         shape = value.type.tensor_type.shape.dim
         for i, name in names.items():
-            if shape[i].dim_param: called[shape[i].dim_param] = name
+            if shape[i].dim_param: called[shape[i].dim_param] = dim_names.get(name, name)
     parts = [graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer, *proto.functions, *(n for f in proto.functions for n in f.node)]
     for o in parts:
         o.ClearField("doc_string")
@@ -637,24 +647,30 @@ def _opset(proto: Any) -> int:
     return next(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
 
 # %% ../nbs/19_export.ipynb #e5cac088
-def _save_path(path: str | os.PathLike[str], suffix: str) -> Path:
-    "Where to write. Raises `ValueError` for another suffix, `IsADirectoryError` for a folder."
+def _save_path(path: str | os.PathLike[str], suffix: str = "") -> Path:
+    "Where to write. Raises `ValueError` for another suffix, `OSError` where nothing can be written."
     found = Path(path).expanduser()
-    if found.suffix != suffix: raise ValueError(f"save_path must end on {suffix!r}, got {str(path)!r}.")
+    if suffix and found.suffix != suffix: raise ValueError(f"save_path must end on {suffix!r}, got {str(path)!r}.")
     if found.is_dir(): raise IsADirectoryError(f"save_path {str(path)!r} is a folder. Name a file in it.")
+    above = next(o for o in found.absolute().parents if o.exists())
+    if not above.is_dir(): raise NotADirectoryError(f"save_path {str(path)!r} lies in {str(above)!r}, which is no folder.")
+    if not os.access(above, os.W_OK): raise PermissionError(f"save_path {str(path)!r} lies in {str(above)!r}, where you may not write.")
     return found
 
-def _open_dims(inputs: Sequence[Tensor], names: Sequence[str], batch: bool, size: bool, axes: Mapping[str, Mapping[int, str]] | None) -> list[dict[int, str]]:
-    "The dimensions that may change, of flags or of `dynamic_axes`."
-    if axes is None: return name_dims(inputs, batch, size)
-    known, dims = name_dims(inputs, True, True), []
-    for x, name, allowed in zip(inputs, names, known):
-        asked = {i % x.ndim: o for i, o in axes.get(name, {}).items()}
-        if unknown := sorted(set(asked) - set(allowed)):
-            raise ValueError(f"dynamic_axes of {name!r} names dimension {unknown[0]} of {tuple(x.shape)}. Only the batch, and height and width of images (B, C, H, W), "
+def _open_dims(inputs: Sequence[Tensor], names: Sequence[str], outputs: Sequence[str], axes: Mapping[str, Any]) -> tuple[list[dict[int, str]], dict[str, str]]:
+    "The dimensions that `dynamic_axes` leaves open, and what it calls them. Raises `ValueError` for names and dimensions that there are not."
+    if unknown := sorted(set(axes) - {*names, *outputs}):
+        raise ValueError(f"dynamic_axes names {unknown[0]!r}; the inputs are {', '.join(names)}, and the outputs {', '.join(outputs)}.")
+    dims, called = [], dict[str, str]()
+    for x, name, allowed in zip(inputs, names, name_dims(inputs, True, True)):
+        given = axes.get(name, {})
+        asked = given if isinstance(given, Mapping) else {i: allowed.get(i) for i in given}
+        if wrong := [i for i in asked if not -x.ndim <= i < x.ndim or i % x.ndim not in allowed]:
+            raise ValueError(f"dynamic_axes of {name!r} names dimension {wrong[0]} of {tuple(x.shape)}. Only the batch, and height and width of images (B, C, H, W), "
                              "can be left open.")
-        dims.append({i: o for i, o in allowed.items() if i in asked})
-    return dims
+        dims.append({i % x.ndim: allowed[i % x.ndim] for i in sorted(asked)})
+        called |= {allowed[i % x.ndim]: o or allowed[i % x.ndim] for i, o in asked.items()}
+    return dims, called
 
 def _trials(inputs: Sequence[Tensor], dims: Sequence[Mapping[int, str]], step: int | None) -> Iterator[tuple[Tensor, ...]]:
     "The inputs that a file is checked on: several batch sizes, and several image sizes."
@@ -697,14 +713,16 @@ def write_onnx(
     atol: float,                                    # difference that is allowed, absolute
     rtol: float,                                    # and as a share of the value
     external: bool | None,                          # weights in a second file; None: only if they do not fit in one
+    dim_names: Mapping[str, str],                   # 'batch', 'height' and 'width' -> other names
 ) -> None:
     "Write a module as ONNX, checked. Raises `ExportError`."
     proto = _translate(module, inputs, dims, step, opset, input_names)
     if _opset(proto) != opset:
         raise ExportError(f"opset_version={opset} was asked for, and torch gives opset {_opset(proto)} for {type(module.model).__name__}. Pass opset_version={_opset(proto)}.")
-    _tidy(proto, dims)
+    _tidy(proto, dims, dim_names)
     for o, name in zip(proto.graph.output, output_names): _rename(proto, o.name, name)
     if external is None: external = _weigh(proto) > _LARGEST
+    if not external and _weigh(proto) > _LARGEST: raise ExportError(f"The weights are {_weigh(proto) / 1e9:.1f} GB, and one file holds 2. Pass external_data=None.")
     with atomic_path(path) as p:
         _write(proto, p, external)
         count, largest, trial, got = _check_file(p, module, _trials(inputs, dims, step), atol, rtol)
@@ -724,13 +742,18 @@ def write_onnx(
 
 # %% ../nbs/19_export.ipynb #1c06db99
 def _rename(proto: Any, old: str, new: str) -> None:
-    "Give a tensor of the graph another name."
+    "Give a tensor of the graph another name; one that has it already gets a further one."
     if old == new: return
+    taken = {n for o in proto.graph.node for n in o.output} | {o.name for o in proto.graph.initializer}
+    if new in taken:
+        other = f"{new}_inside"
+        while other in taken: other += "_"
+        _rename(proto, new, other)
     for node in proto.graph.node:
         for names in (node.input, node.output):
             for i, name in enumerate(names):
                 if name == old: names[i] = new
-    for o in (*proto.graph.output, *proto.graph.value_info):
+    for o in (*proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
         if o.name == old: o.name = new
 
 # %% ../nbs/19_export.ipynb #b0907a77
@@ -739,19 +762,19 @@ def export_to_onnx(
     save_path: str | os.PathLike[str],              # ends on .onnx
     example_input: Tensor | tuple[Tensor, ...] | None = None,  # what the model is called with; None: as its data config says
     opset_version: int = 18,                        # of the file
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,  # input name -> open dimensions -> their names; wins over `dynamic_batch` and `dynamic_size`
+    input_names: Sequence[str] | None = None,       # None: 'input', or the names of forward's parameters where there are several
+    output_names: Sequence[str] | None = None,      # None: by what they are
+    wrap_model: bool = True,                        # no effect: a module that gives a flat tuple is always made
+    simplify: bool = False,                         # no effect: constants are always folded
     *,
     dynamic_batch: bool = True,                     # the file takes any number of images
     dynamic_size: bool | None = None,               # of any size; None: if the model does, found by trying
-    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,  # input name -> open dimensions -> their names; wins over the two before
-    input_names: Sequence[str] | None = None,       # None: 'input', or the names of forward's parameters where there are several
-    output_names: Sequence[str] | None = None,      # None: by what they are
     postprocess: bool = False,                      # end on results: probabilities, classes of pixels, objects after non-maximum suppression
     metadata: Mapping[str, Any] | None = None,      # what the file shall say of itself; wins over what the model says
     atol: float = 1e-4,                             # difference from the model that is allowed, absolute
     rtol: float = 1e-3,                             # and as a share of the value
     external_data: bool | None = None,              # weights in a second file; None: only if they do not fit in one (2 GB)
-    wrap_model: bool = True,                        # no effect: a module that gives a flat tuple is always made
-    simplify: bool = False,                         # no effect: constants are always folded
 ) -> str:                                           # the path
     "Write a model as ONNX, compared with the model on several inputs. Raises `ExportError` (a `RuntimeError`)."
     for name in ("onnx", "onnxscript", "onnxruntime"): require(name, extra="onnx", why="Export to ONNX")
@@ -764,12 +787,15 @@ def export_to_onnx(
         module.name_outputs(inputs)
         names = _names(input_names, _input_names(inside, len(inputs)), "input_names")
         outputs = _names(output_names, module.names, "output_names")
-        wanted = dynamic_size if dynamic_axes is None else any(set(o) - {0} for o in dynamic_axes.values())
-        dims = _open_dims(inputs, names, dynamic_batch, wanted is not False, dynamic_axes)
+        if both := set(names) & set(outputs): raise ValueError(f"{min(both)!r} is the name of an input and of an output. Give one of them another.")
+        if dynamic_axes is None: wanted, dims, called = dynamic_size, name_dims(inputs, dynamic_batch, dynamic_size is not False), dict[str, str]()
+        else:
+            dims, called = _open_dims(inputs, names, outputs, dynamic_axes)
+            wanted = any(set(o) - {0} for o in dims)
         images = len(inputs) == 1 and inputs[0].ndim == 4 and (opset_version >= 18 or bool(wanted))
         step = find_size_step(module, inputs, dims) if wanted is not False and images else None
         if wanted and step is None: raise ExportError(f"{type(inside).__name__} takes images of {tuple(inputs[0].shape[1:])} alone. Pass dynamic_size=False.")
-        write = lambda dims, step: write_onnx(module, path, inputs, dims, step, opset_version, names, outputs, atol, rtol, external_data)
+        write = lambda dims, step: write_onnx(module, path, inputs, dims, step, opset_version, names, outputs, atol, rtol, external_data, called)
         fixed = [{i: o for i, o in d.items() if i == 0} for d in dims]
         try: write(fixed if step is None else dims, step)
         except ExportError:
@@ -818,7 +844,7 @@ def validate_onnx_export(
         module = as_exported(inside, describe(inside, found.metadata, bool(found.metadata.get("postprocess"))))
         inputs = example_inputs(inside, module.info, example_input)
         expected, got = module(*inputs), list(run_session(found.session, inputs).values())
-    return all(a.shape == b.shape and np.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(got, expected))
+    return len(got) == len(expected) - len(module.checks) and all(a.shape == b.shape and np.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(got, expected))
 
 # %% ../nbs/19_export.ipynb #8612ff68
 def _ids_to_original(mask: Tensor, row: Tensor) -> Tensor:
@@ -855,8 +881,10 @@ def to_results(
     moved = [detections_to_original(o, row) for o, row in zip(_real_objects(out, info, size), rows)]
     for o, row in zip(moved, rows):
         if "masks" not in o: continue
-        pasted = paste_masks_in_image(o["masks"][:, None], o["boxes"], (int(row[4]), int(row[5])), padding=1)
-        o["masks"] = pasted[:, 0] > float(info.get("mask_threshold", 0.5))
+        # Some at a time: a hundred as floats at the size of a photo are gigabytes.
+        size, limit = (int(row[4]), int(row[5])), float(info.get("mask_threshold", 0.5))
+        parts = zip(*(v.split(max(1, MAX_PIXELS // max(1, size[0] * size[1]))) for v in (o["masks"], o["boxes"])))
+        o["masks"] = torch.cat([paste_masks_in_image(m[:, None], b, size, padding=1)[:, 0] > limit for m, b in parts])
     return [DetectionResult(boxes=o["boxes"], scores=o["scores"], labels=o["labels"], masks=o.get("masks")) for o in moved]
 
 # %% ../nbs/19_export.ipynb #7d72ce2b
@@ -865,7 +893,7 @@ class OnnxFile:
     def __init__(
         self,
         path: str | os.PathLike[str],               # the file
-        providers: Sequence[str] | None = None,     # of onnxruntime; None: the CPU
+        providers: str | Sequence[str] | None = None,  # of onnxruntime, the first that is there counts; None: the CPU
         threads: int | None = None,                 # that compute; None: all processors
     ):
         if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {str(path)!r}.")
@@ -916,16 +944,19 @@ class OnnxFunction(OnnxFile):
         *inputs: Any,                               # normalised batches, tensors or arrays
     ) -> dict[str, Any]:                            # outputs by name; tensors for tensors, arrays for arrays
         "The outputs of the file."
-        self._check(inputs)
-        tensors, batch = [torch.as_tensor(o).cpu() for o in inputs], self.get_inputs()[0].shape[0]
-        if isinstance(batch, int) and len(tensors[0]) != batch:
-            # A file for one batch size is fed such batches, the last filled up.
-            count = len(tensors[0])
-            filled = [torch.cat([x, x[-1:].expand(-count % batch, *x.shape[1:])]).split(batch) for x in tensors]
-            parts = [run_session(self.session, part) for part in zip(*filled)]
+        tensors = [torch.as_tensor(o).cpu() for o in inputs]
+        self._check(tensors)
+        batch, count = self.get_inputs()[0].shape[0], len(tensors[0])
+        if not count or isinstance(batch, int) and count != batch:
+            parts = [run_session(self.session, part) for part in zip(*(_whole_batches(x, batch if isinstance(batch, int) else 1) for x in tensors))]
             found = {k: torch.cat([o[k] for o in parts])[:count] for k in parts[0]}
         else: found = run_session(self.session, tensors)
         return found if isinstance(inputs[0], Tensor) else {k: v.numpy() for k, v in found.items()}
+
+def _whole_batches(x: Tensor, batch: int) -> Sequence[Tensor]:
+    "Batches of that size, at least one, the last filled up."
+    last = x[-1:] if len(x) else x.new_zeros(1, *x.shape[1:])
+    return torch.cat([x, last.expand(-len(x) % batch if len(x) else batch, *x.shape[1:])]).split(batch)
 
 # %% ../nbs/19_export.ipynb #946ea0d9
 class OnnxModel(OnnxFunction):
@@ -935,6 +966,11 @@ class OnnxModel(OnnxFunction):
         if not self.task_name or not self.data_config:
             raise ValueError(f"{self.name!r} does not say which task and preprocessing it has, so it can be called with tensors but not predict. Write it with "
                              "autotimm.export_to_onnx; for a module that is no task, with metadata={'task': ..., 'data_config': ...}.")
+        outputs = self.metadata.get("outputs", [])
+        objects = self.task_name not in ("classification", "segmentation")
+        if self.task_name not in _POSTPROCESS or not outputs or objects and "num_detections" not in outputs and "architecture" not in self.metadata:
+            raise ValueError(f"{self.name!r} can be called with tensors but not predict: what its outputs mean for the task {self.task_name!r} is not known. Known are "
+                             f"{', '.join(_POSTPROCESS)}, the last two as autotimm's own models give them.")
         return (prepare_classification if self.task_name == "classification" else prepare_dense)(self.data_config)
 
     def results(self, x: Tensor, rows: Tensor, top_k: int = 5) -> list[Result]:
@@ -944,7 +980,7 @@ class OnnxModel(OnnxFunction):
 
     def predict(
         self,
-        images: Any,                                # path, URL, folder, pattern, PIL image, array, bytes; a list or data frame column of these
+        images: Any,                                # path, URL, folder, pattern, PIL image, array, bytes; a list or data frame column of these; a DataLoader
         *,
         batch_size: int = 32,                       # images at once
         num_workers: int | None = None,             # threads that read; None: one a processor
@@ -956,12 +992,26 @@ class OnnxModel(OnnxFunction):
         if isinstance(images, Tensor) and images.is_floating_point():
             raise TypeError("predict takes images, and a float tensor is a prepared batch. Call the model with it: model(batch).")
         prepare = self.preparation()
+        if isinstance(images, torch.utils.data.DataLoader): return self._predict_loader(images, progress, top_k)
         return predict_images(images, prepare, lambda x, rows: self.results(x, rows, top_k), channels=prepare.channels, batch_size=batch_size,
                               num_workers=num_workers, on_bad_image=on_bad_image, progress=progress, class_names=self.class_names)
 
+    def _predict_loader(self, loader: torch.utils.data.DataLoader, progress: bool | None, top_k: int) -> Results:
+        "The results of all batches of a loader."
+        from autotimm.tasks.base import inputs_of, name_results
+        found: list[Result] = []
+        for batch in tqdm(loader, disable=not progress if progress is not None else None, leave=False):
+            x, rows = inputs_of(batch)
+            made = self.results(x, rows, top_k)
+            for o, row in zip(made, rows.tolist()):
+                o.class_names = self.class_names
+                if isinstance(batch, Mapping) and "letterbox" in batch: o.size = (int(row[4]), int(row[5]))
+            found += made
+        return name_results(Results(found, getattr(getattr(loader.dataset, "bad_images", None), "images", None)), loader)
+
 def load_onnx(
     path: str | os.PathLike[str],                   # the file
-    providers: Sequence[str] | None = None,         # of onnxruntime; None: the CPU
+    providers: str | Sequence[str] | None = None,   # of onnxruntime, the first that is there counts; None: the CPU
     threads: int | None = None,                     # that compute; None: all processors
 ) -> OnnxModel:
     "An ONNX file, ready to predict. Raises `FileNotFoundError`, or `ExportError` for a file that is none."
@@ -975,7 +1025,7 @@ class Quantized:
     kind: str                                       # 'dynamic' or 'static'
     bytes_before: int                               # of the file in float32
     bytes_after: int                                # of the new one
-    measure: str | None = None                      # 'accuracy', or 'agreement' where there are no labels; None: not measured
+    measure: str | None = None                      # 'accuracy', 'mean IoU' or 'mAP'; 'agreement' where there are no labels; None: not measured
     before: float | None = None                     # of the file in float32, 0 to 1
     after: float | None = None                      # of the new one
     images: int = 0                                 # that it was measured on
@@ -983,11 +1033,6 @@ class Quantized:
     def __repr__(self) -> str:
         rows = [["float32", self.bytes_before / 1e6, self.before], [f"int8, {self.kind}", self.bytes_after / 1e6, self.after]]
         return str(Table(rows, ["weights", "MB", f"{self.measure or 'not measured'}{f' on {self.images}' if self.images else ''}"]))
-
-def _image_of(batch: Any) -> Any:
-    "The images in a batch of a DataLoader."
-    if isinstance(batch, Mapping): return batch["image"] if "image" in batch else batch["images"]
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 def _is_prepared(data: Any) -> bool:
     "Whether data are batches of prepared images, and not images as `predict` takes them."
@@ -1000,18 +1045,31 @@ def input_batches(
     batch_size: int = 16,                           # images at once
     limit: int = 256,                               # images at most
 ) -> Iterator[Tensor]:                              # (B, C, H, W), normalised
-    "Prepared batches. Raises `BadImageError` for an image that cannot be read."
-    if _is_prepared(data):
-        batches = data.split(batch_size) if isinstance(data, Tensor) else map(_image_of, data)
+    "Prepared batches. Raises `BadImageError` for an image that cannot be read, `ValueError` where there is none."
+    if isinstance(data, torch.utils.data.DataLoader):
+        from autotimm.tasks.base import inputs_of
+        batches: Iterable[Tensor] = (inputs_of(o)[0] for o in data)
+    elif isinstance(data, Tensor) and data.is_floating_point(): batches = data.split(batch_size)
     else:
-        prepare, found = model.preparation(), find_images(data)[:limit]
-        parts = [found[i:i + batch_size] for i in range(0, len(found), batch_size)]
-        batches = (torch.stack([prepare(load_image(source, prepare.channels))[0] for _, source in part]) for part in parts)
+        found, prepare = _sources(data, limit), model.preparation()
+        batches = (_stack_images(found[i:i + batch_size], prepare) for i in range(0, len(found), batch_size))
     seen = 0
     for x in batches:
-        if seen >= limit: return
-        yield x[:limit - seen].float()
+        if seen >= limit: break
+        if len(x): yield x[:limit - seen].float()
         seen += len(x)
+    if not seen: raise ValueError("There is no image to calibrate or measure with.")
+
+def _sources(data: Any, limit: int) -> list[tuple[str, Any]]:
+    "What `find_images` finds, which may be what it has found already."
+    return (data if isinstance(data, list) and data and isinstance(data[0], tuple) else find_images(data))[:limit]
+
+def _stack_images(part: Sequence[tuple[str, Any]], prepare: Any) -> Tensor:
+    "(B, C, H, W) of some images."
+    found = [read_and_prepare(o, prepare, prepare.channels) for o in part]
+    for o in found:
+        if isinstance(o, BadImage): raise BadImageError(f"Image {o.name!r} cannot be read: {o.cause}. Repair or remove it.", o.name)
+    return torch.stack([o[0] for o in found])  # type: ignore[index]
 
 def _labelled_folder(folder: str | os.PathLike[str], names: Sequence[str] | None) -> tuple[list[str], list[int]]:
     "The images in folders of classes, and their classes."
@@ -1030,13 +1088,14 @@ def measure_accuracy(
     data: Any,                                      # a DataLoader of (images, labels), or a folder with a folder for each class
 ) -> tuple[float, int]:                             # 0 to 1, and the number of images
     "Share of labels that a file predicts: of images, or of labels of images if there are several of each."
-    if model.task_name != "classification": raise ValueError(f"evaluate= needs a classifier; {model.name!r} is for {model.task_name}. Pass calibration= images instead.")
     right, count, images = 0.0, 0, 0
     if isinstance(data, (str, os.PathLike)):
         files, labels = _labelled_folder(data, model.class_names)
         batches: Iterable[Any] = [(model.predict(files, progress=False), torch.tensor(labels))]
     else: batches = data
-    for x, y in batches:
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2: raise ValueError(f"evaluate= needs batches of images and labels, got {type(batch).__name__}.")
+        x, y = batch
         p = torch.stack([o["probabilities"] for o in (x if isinstance(x, Results) else model.results(x, torch.ones(len(x), 6)))])
         hits = (p > model.metadata.get("threshold", 0.5)) == y.bool() if y.ndim == 2 else p.argmax(1) == y
         right, count, images = right + float(hits.sum()), count + hits.numel(), images + len(y)
@@ -1044,6 +1103,51 @@ def measure_accuracy(
     return right / count, images
 
 # %% ../nbs/19_export.ipynb #a2b19a50
+def measure_masks(
+    model: OnnxModel,                               # a segmentor
+    data: Iterable[Any],                            # batches of images and masks, as a segmentor is trained on
+) -> tuple[float, int]:                             # 0 to 1, and the number of images
+    "Mean IoU, over the pixels that are not ignored."
+    from torchmetrics.classification import MulticlassJaccardIndex
+
+    from autotimm.tasks.segmentation import check_masks
+    classes, ignored, images = int(model.metadata["num_classes"]), int(model.metadata.get("ignore_index", 255)), 0
+    metric = MulticlassJaccardIndex(classes)
+    for batch in data:
+        x, mask = check_masks(batch, classes, ignored)
+        found: Any = model.results(x, original_size(x).expand(len(x), 6))
+        kept = mask != ignored
+        if bool(kept.any()): metric.update(torch.stack([o.mask for o in found])[kept], mask[kept])
+        images += len(x)
+    if not images: raise ValueError("evaluate= holds no image.")
+    return float(metric.compute()), images
+
+def measure_objects(
+    model: OnnxModel,                               # a detector or instance segmentor
+    data: Iterable[Any],                            # batches as it is trained on: dicts with images, boxes and labels, for masks also masks
+) -> tuple[float, int]:                             # 0 to 1, and the number of images
+    "COCO's mean average precision, of masks where there are such."
+    from autotimm.metrics import MeanAveragePrecision
+    from autotimm.tasks.base import inputs_of
+    from autotimm.tasks.detection import check_targets, read_targets
+    masks, images = model.task_name == "instance_segmentation", 0
+    metric = MeanAveragePrecision(iou_type="segm" if masks else "bbox")
+    for batch in data:
+        check_targets(batch, model.metadata["num_classes"], model.get_inputs()[0].shape[1], ("boxes", "labels", *(["masks"] if masks else [])))
+        (x, rows), (_, targets) = inputs_of(batch), read_targets(batch)
+        key = "orig_masks" if "orig_masks" in batch else "masks"
+        if masks and key == "masks": rows = original_size(x).expand(len(x), 6)
+        wanted = [{**{k: o[k] for k in ("labels", "iscrowd", "area") if k in o}, "boxes": scale_boxes(o["boxes"], row), **({"masks": o[key].bool()} if masks else {})}
+                  for o, row in zip(targets, rows)]
+        metric.update([{k: o[k] for k in ("boxes", "scores", "labels", *(["masks"] if masks else []))} for o in model.results(x, rows)], wanted)
+        images += len(x)
+    if not images: raise ValueError("evaluate= holds no image.")
+    return float(metric.compute()["map"]), images
+
+_MEASURES = {"classification": ("accuracy", measure_accuracy), "segmentation": ("mean IoU", measure_masks), "detection": ("mAP", measure_objects),
+             "instance_segmentation": ("mAP", measure_objects)}
+
+# %% ../nbs/19_export.ipynb #a2d94283
 def _same(a: Result, b: Result) -> tuple[float, int]:
     "How much of one result another one repeats, and of how much."
     if isinstance(a, ClassificationResult): return float((a.labels == b.labels) if a.multi_label else a.label_id == b.label_id), 1  # type: ignore[attr-defined]
@@ -1077,24 +1181,29 @@ class _Calibration:
     def __next__(self) -> Any: return self.get_next()
     def __len__(self) -> int: raise TypeError("The number of batches is not known.")
 
+def _is_labelled(evaluate: Any, model: OnnxModel) -> bool:
+    "Whether there are labels to measure with, and not images alone."
+    return isinstance(evaluate, torch.utils.data.DataLoader) or model.task_name == "classification" and isinstance(evaluate, (str, os.PathLike))
+
 def _measure(result: Quantized, before: OnnxModel, after: OnnxModel, evaluate: Any, batches: Iterable[Tensor] | None) -> None:
-    "Note accuracy, or agreement on batches without labels."
-    if evaluate is not None:
-        (result.before, result.images), (result.after, _) = measure_accuracy(before, evaluate), measure_accuracy(after, evaluate)
-        result.measure = "accuracy"
-    elif batches is not None and before.task_name:
+    "Note how good the two files are, or how often they agree on batches without labels."
+    if batches is not None:
         result.before, result.measure = 1.0, "agreement"
         result.after, result.images = measure_agreement(before, after, batches)
+    elif evaluate is not None:
+        if before.task_name not in _MEASURES: raise ValueError(f"evaluate= needs a task that is known ({', '.join(_MEASURES)}); {before.name!r} says {before.task_name!r}.")
+        result.measure, measure = _MEASURES[before.task_name]
+        (result.before, result.images), (result.after, _) = measure(before, evaluate), measure(after, evaluate)
 
 _EIGHT_BITS = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
 
-# %% ../nbs/19_export.ipynb #a2d94283
+# %% ../nbs/19_export.ipynb #9e999d96
 def quantize_onnx(
     path: str | os.PathLike[str],                   # of `export_to_onnx`, in float32
     save_path: str | os.PathLike[str],              # the new file, ends on .onnx
     *,
     calibration: Any = None,                        # static: images, a DataLoader or a float tensor (N, C, H, W); None: dynamic
-    evaluate: Any = None,                           # a DataLoader of (images, labels), or a folder of classes; None: agreement on `calibration`
+    evaluate: Any = None,                           # a DataLoader with labels, a classifier's folder of classes, or images; None: agreement on `calibration`
     per_channel: bool = True,                       # a scale for each output channel of the weights
     max_images: int = 256,                          # of `calibration`
     batch_size: int = 16,                           # images at once
@@ -1105,7 +1214,19 @@ def quantize_onnx(
     quantization = require("onnxruntime.quantization", extra="onnx", why="quantize_onnx()")
     target, before = _save_path(save_path, ".onnx"), load_onnx(path, threads=threads)
     if target.exists() and target.samefile(path): raise ValueError(f"save_path {str(save_path)!r} is the file that is read. Name another, so that the two can be compared.")
+    check_prediction(batch_size, None)
+    if max_images < 1: raise ValueError(f"max_images must be 1 or more, got {max_images!r}.")
+    if "quantized" in before.metadata: raise ValueError(f"{before.name!r} is in int8 already. Give the file in float32.")
     kind, proto = "dynamic" if calibration is None else "static", read_proto(path)
+    if kind == "static" and per_channel and _opset(proto) < 13:
+        raise ExportError(f"{before.name!r} has opset {_opset(proto)}, and static quantisation by channels needs 13. Pass per_channel=False, or export with another opset_version.")
+    # What is read twice is found once.
+    if calibration is not None and not _is_prepared(calibration): calibration = _sources(calibration, max_images)
+    labelled = evaluate is not None and _is_labelled(evaluate, before)
+    if evaluate is not None and not labelled and not _is_prepared(evaluate): evaluate = _sources(evaluate, max_images)
+    compared = None if labelled else calibration if evaluate is None else evaluate
+    # The maps of an instance segmentor have no masks to compare.
+    if evaluate is None and (before.task_name not in _MEASURES or before.task_name == "instance_segmentation" and not before.metadata["postprocess"]): compared = None
     if _points_outside(proto): raise ExportError(f"{before.name!r} keeps its weights in a second file, and quantisation reads one. Export with external_data=False.")
     types = quantization.QuantType
     # onnxruntime's convolutions with ranges found on the way take unsigned weights only.
@@ -1115,7 +1236,9 @@ def quantize_onnx(
             with _quiet():
                 if calibration is None: quantization.quantize_dynamic(os.fspath(path), os.fspath(p), op_types_to_quantize=_EIGHT_BITS, per_channel=per_channel, weight_type=plain)
                 else:
-                    reader = _Calibration(before.get_inputs()[0].name, input_batches(calibration, before, batch_size, max_images))
+                    batches, fixed = input_batches(calibration, before, batch_size, max_images), before.get_inputs()[0].shape[0]
+                    if isinstance(fixed, int): batches = (part for x in batches for part in _whole_batches(x, fixed))
+                    reader = _Calibration(before.get_inputs()[0].name, batches)
                     quantization.quantize_static(os.fspath(path), os.fspath(p), reader, op_types_to_quantize=_EIGHT_BITS, per_channel=per_channel,
                                                  weight_type=types.QInt8, activation_type=types.QUInt8)
         except BadImageError: raise
@@ -1126,7 +1249,7 @@ def quantize_onnx(
         _write(made, p, False)
         after = load_onnx(p, threads=threads)
         result = Quantized(os.fspath(target), kind, before.size, after.size)
-        _measure(result, before, after, evaluate, None if calibration is None else input_batches(calibration, before, batch_size, max_images))
+        _measure(result, before, after, evaluate, None if compared is None else input_batches(compared, before, batch_size, max_images))
     if verbose: print(result)
     return result
 
@@ -1238,10 +1361,10 @@ def export_to_torchscript(
     if method not in ("trace", "script"): raise RuntimeError(f"method must be 'trace' or 'script', got {method!r}.")
     try:
         with exportable(model) as inside, _quiet():
-            inputs = example_inputs(inside, describe(inside), example_input)
+            path, inputs = _save_path(save_path), example_inputs(inside, describe(inside), example_input)
             made: Any = torch.jit.script(inside) if method == "script" else torch.jit.trace(_AsTuples(inside).eval() if wrap_model else inside, inputs, check_trace=False)
             dims = name_dims(inputs)
-            with atomic_path(save_path) as p:
+            with atomic_path(path) as p:
                 torch.jit.save(made, os.fspath(p))
                 _strip_sources(p)
                 read = torch.jit.load(os.fspath(p))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from autotimm.backbones import BackboneConfig, FeatureBackboneConfig
 from autotimm.core import MissingExtraError
 from autotimm.export import (ExportError, export_checkpoint_to_onnx, export_checkpoint_to_torchscript, export_program, export_to_onnx,
-                             export_to_torchscript, exportable, load_onnx, load_program, load_torchscript, quantize_onnx, read_proto,
+                             export_to_torchscript, exportable, load_onnx, load_program, load_torchscript, pick_objects, quantize_onnx, read_proto,
                              validate_onnx_export, validate_torchscript_export)
 from autotimm.results import ClassificationResult, DetectionResult, SegmentationResult
 from autotimm.tasks import ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, YOLOXDetector
@@ -145,7 +145,7 @@ def test_a_classifier_predicts_as_the_model_does(folder):
 def test_segmentor_raw_and_with_classes_of_pixels(folder):
     model = build("segmentor").eval()
     raw = load_onnx(export_to_onnx(model, folder / "seg.onnx", dynamic_size=False), threads=1)
-    ready = load_onnx(export_to_onnx(model, folder / "seg_p.onnx", postprocess=True), threads=1)
+    ready = load_onnx(export_to_onnx(model, folder / "segmentor_p.onnx", postprocess=True), threads=1)
     with torch.no_grad(): close(raw(images())["output"], model(images()))
     with torch.no_grad(): masks = model.predict(images(), full_size=True)
     got = ready(images())["mask"]
@@ -198,7 +198,7 @@ def test_maps_of_a_detector_at_any_size_and_objects_made_of_them_outside(folder)
 
 def test_instance_segmentor_with_masks(folder):
     model = build("instances")
-    found = load_onnx(export_to_onnx(model, folder / "inst_p.onnx", postprocess=True, dynamic_size=False), threads=1)
+    found = load_onnx(export_to_onnx(model, folder / "instances_p.onnx", postprocess=True, dynamic_size=False), threads=1)
     assert [o.name for o in found.get_outputs()][-1] == "masks"
     got, expected = found(images(2)), model.predict(images(2))
     assert got["masks"].shape == (2, 20, 14, 14)
@@ -421,3 +421,174 @@ def test_loading_needs_no_task_and_no_trainer(classifier_file):
     code = ("import sys; from autotimm.export import load_onnx; load_onnx(sys.argv[1]); "
             "print([o for o in ('autotimm.tasks.base', 'onnxscript', 'transformers') if o in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code, classifier_file], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("write", [export_to_onnx, export_program, export_to_torchscript])
+def test_the_callers_autocast_does_not_become_part_of_the_file(write, tmp_path):
+    model = build("classifier").eval()
+    path = tmp_path / {export_to_onnx: "a.onnx", export_program: "a.pt2", export_to_torchscript: "a.pt"}[write]
+    with torch.autocast("cpu", dtype=torch.bfloat16): write(model, path, **({"dynamic_size": False} if write is export_to_onnx else {}))
+    found = {export_to_onnx: load_onnx, export_program: load_program, export_to_torchscript: load_torchscript}[write](path)(images())
+    with torch.no_grad(): close(found if write is export_to_torchscript else found["output"], model(images()), 1e-5)
+
+
+def test_open_dimensions_by_name(tmp_path):
+    model, x, path = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(2, 3, 32, 32), tmp_path / "a.onnx"
+    out = lambda: [d.dim_param or d.dim_value for d in read_proto(path).graph.output[0].type.tensor_type.shape.dim]
+    for opset in (17, 18):
+        export_to_onnx(model, path, x, opset, {"input": {0: "n", 2: "rows", -1: "columns"}, "output": {0: "n"}})
+        assert shape(path) == ["n", 3, "rows", "columns"] and out() == ["n", 4]
+    export_to_onnx(model, path, x, dynamic_axes={"input": [0]})
+    assert shape(path) == ["batch", 3, 32, 32]
+    # Axes of outputs follow from those of inputs.
+    export_to_onnx(model, path, x, dynamic_axes={"output": {0: "n"}})
+    assert shape(path) == [2, 3, 32, 32]
+    with pytest.raises(ValueError, match="names 'image'; the inputs are input"): export_to_onnx(model, path, x, dynamic_axes={"image": {0: "n"}})
+    with pytest.raises(ValueError, match="names dimension 9"): export_to_onnx(model, path, x, dynamic_axes={"input": {9: "n"}})
+
+
+class Pair(nn.Module):
+    "Made up: two outputs, of which each may be wanted by the other's name."
+    def forward(self, x): return {"a": x.relu(), "b": x.sigmoid()}
+
+
+def test_any_output_name_can_be_had_but_that_of_an_input(tmp_path):
+    x, path = torch.randn(2, 3), tmp_path / "a.onnx"
+    for names in (["b", "a"], ["sigmoid", "relu"], ["x", "y"]):
+        export_to_onnx(Pair(), path, x, 18, None, None, names)
+        found = load_onnx(path)(x)
+        assert list(found) == names
+        close(found[names[0]], x.relu())
+        close(found[names[1]], x.sigmoid())
+    with pytest.raises(ValueError, match="'input' is the name of an input and of an output"): export_to_onnx(Pair(), path, x, output_names=["input", "b"])
+    inner = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    close(load_onnx(export_to_onnx(inner, path, x, output_names=["relu"]))(x)["relu"], inner(x).detach(), 1e-5)
+    close(load_onnx(export_to_onnx(inner, path, x, output_names=["model.0.weight"]))(x)["model.0.weight"], inner(x).detach(), 1e-5)
+
+
+def test_what_is_no_module_and_what_cannot_be_written_is_named_before_the_work(tmp_path):
+    x = torch.randn(1, 3)
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"): export_to_onnx("model", tmp_path / "a.onnx", x)
+    with pytest.raises(TypeError, match="is TorchScript already"): export_to_onnx(torch.jit.trace(nn.Linear(3, 2), x), tmp_path / "a.onnx", x)
+    with pytest.raises(TypeError, match="got int"): export_to_onnx(nn.Linear(3, 2), tmp_path / "a.onnx", 5)
+    (tmp_path / "file").write_text("")
+    calls = Differs()
+    with pytest.raises(NotADirectoryError, match="which is no folder"): export_to_onnx(calls, tmp_path / "file" / "a.onnx", torch.randn(2, 4))
+    with pytest.raises(RuntimeError, match="is a folder"): export_to_torchscript(calls, tmp_path, torch.randn(2, 4))
+    assert calls.calls == 0
+
+
+def test_a_home_folder_is_expanded_for_torchscript_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export_to_torchscript(nn.Linear(3, 2), "~/a.pt", torch.randn(1, 3))
+    assert (tmp_path / "a.pt").is_file()
+
+
+def test_weights_that_do_not_fit_in_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("autotimm.export._LARGEST", 1000)
+    model, path, x = nn.Linear(64, 32), tmp_path / "a.onnx", torch.randn(2, 64)
+    with pytest.raises(ExportError, match="external_data=None"): export_to_onnx(model, path, x, external_data=False)
+    assert not list(tmp_path.iterdir())
+    export_to_onnx(model, path, x)
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
+
+
+def test_providers_that_are_not_there(classifier_file):
+    with pytest.raises(ValueError, match="providers must be some of .*got 'Foo'"): load_onnx(classifier_file, ["Foo", "CPUExecutionProvider"])
+    with pytest.raises(ValueError, match="got 'OpenVINOExecutionProvider'"): load_onnx(classifier_file, "OpenVINOExecutionProvider")
+    assert load_onnx(classifier_file, "CPUExecutionProvider").get_providers() == ["CPUExecutionProvider"]
+    assert load_onnx(classifier_file, [("CPUExecutionProvider", {})]).get_providers() == ["CPUExecutionProvider"]
+
+
+def test_no_image_gives_no_row(tmp_path):
+    # The group norms of FCOS do not run on a batch of none in onnxruntime.
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
+    for dynamic in (True, False):
+        path = export_to_onnx(model, tmp_path / "a.onnx", torch.randn(2, 3, 8, 8), dynamic_batch=dynamic, dynamic_size=False)
+        assert load_onnx(path)(torch.zeros(0, 3, 8, 8))["output"].shape == (0, 4, 8, 8)
+    with pytest.raises(ValueError, match="got \\(2,\\)"): load_onnx(path)([1, 2])
+
+
+def test_places_without_numbers_are_no_objects():
+    boxes, scores = torch.full((1, 5, 4), float("nan")), torch.full((1, 5, 2), 0.9)
+    found, _, labels, count = pick_objects(boxes, scores, (8, 8), 0.1, 0.5, 3)
+    assert int(count) == 0 and bool((labels == -1).all()) and bool((found == 0).all())
+
+
+def test_a_dataloader_is_predicted_as_the_model_does(classifier_file, folder):
+    loader = DataLoader(TensorDataset(images(5), torch.arange(5)), 2)
+    a, b = load_onnx(classifier_file).predict(loader), build("classifier").eval().predict(loader)
+    assert len(a) == len(b) == 5 and [o.label for o in a] == [o.label for o in b] and a[0].class_names == NAMES
+    close(torch.stack([o.probabilities for o in a]), torch.stack([o.probabilities for o in b]), 1e-5)
+    with pytest.raises(ValueError, match="A batch must hold normalised images"): load_onnx(classifier_file).predict(DataLoader([{"pixels": 1}]))
+
+
+def test_a_task_that_is_not_known_is_said_before_predicting(tmp_path):
+    config = build("classifier").data_config
+    for task in ("detection", "depth"):
+        path = export_to_onnx(nn.Conv2d(3, 4, 1), tmp_path / "a.onnx", images(2), metadata={"task": task, "data_config": config})
+        with pytest.raises(ValueError, match=f"for the task '{task}' is not known"): load_onnx(path).predict(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_a_file_with_fewer_outputs_does_not_agree(tmp_path):
+    path = export_to_onnx(nn.ReLU(), tmp_path / "a.onnx", torch.randn(2, 3))
+    class Both(nn.Module):
+        def forward(self, x): return x.relu(), x.relu() + 1
+    assert validate_onnx_export(nn.ReLU(), path, torch.randn(2, 3)) and not validate_onnx_export(Both(), path, torch.randn(2, 3))
+
+
+def test_eight_bits_of_bad_calibration(classifier_file, tmp_path):
+    target, scenes = tmp_path / "q.onnx", [o.image for o in make_shapes(3, image_size=64)]
+    with pytest.raises(ValueError, match="no image to predict"): quantize_onnx(classifier_file, target, calibration=[])
+    with pytest.raises(ExportError, match="no image to calibrate"): quantize_onnx(classifier_file, target, calibration=torch.zeros(0, 3, 64, 64))
+    with pytest.raises(ValueError, match="batch_size must be"): quantize_onnx(classifier_file, target, calibration=scenes, batch_size=0)
+    with pytest.raises(ValueError, match="max_images must be"): quantize_onnx(classifier_file, target, calibration=scenes, max_images=0)
+    with pytest.raises(ValueError, match="Image '.*none.png' cannot be read"): quantize_onnx(classifier_file, target, calibration=[tmp_path / "none.png"])
+    with pytest.raises(ValueError, match="batches of images and labels, got dict"):
+        quantize_onnx(classifier_file, target, evaluate=DataLoader([{"image": images(1)[0]}]))
+    with pytest.raises(ValueError, match="known .*says None"): quantize_onnx(export_to_onnx(nn.Linear(4, 2), tmp_path / "plain.onnx", torch.randn(2, 4)), target, evaluate=DataLoader([1]))
+    assert not target.exists()
+    # A generator is read twice: once to calibrate, once to measure.
+    assert quantize_onnx(classifier_file, target, calibration=(o for o in scenes), verbose=False).images == 3
+    assert quantize_onnx(classifier_file, target, calibration=scenes[0], verbose=False).images == 1
+    with pytest.raises(ValueError, match="in int8 already"): quantize_onnx(target, tmp_path / "r.onnx")
+
+
+def test_eight_bits_of_a_fixed_batch_and_of_old_opsets(tmp_path):
+    model = build("classifier")
+    fixed = export_to_onnx(model, tmp_path / "fixed.onnx", images(4), dynamic_batch=False, dynamic_size=False)
+    assert quantize_onnx(fixed, tmp_path / "q.onnx", calibration=images(6), verbose=False).images == 6
+    old = export_to_onnx(model, tmp_path / "old.onnx", images(2), 11)
+    with pytest.raises(ExportError, match="has opset 11, .* needs 13"): quantize_onnx(old, tmp_path / "q.onnx", calibration=images(6), verbose=False)
+    assert quantize_onnx(old, tmp_path / "q.onnx", calibration=images(6), per_channel=False, verbose=False).after > 0.5
+
+
+@pytest.mark.parametrize(("name", "measure", "logged"), [("segmentor", "mean IoU", "val/miou"), ("fcos", "mAP", "val/map"), ("yolox", "mAP", "val/map"),
+                                                         ("instances", "mAP", "val/mask_map")])
+def test_eight_bits_of_dense_tasks(name, measure, logged, folder, tmp_path):
+    "Measured as the trainer measures the model, on what the model itself says, shifted a little."
+    if measure == "mAP": pytest.importorskip("pycocotools")
+    model, x = build(name).eval(), images(4)
+    path = folder / f"{name}_p.onnx"
+    if not path.is_file(): export_to_onnx(model, path, postprocess=True, dynamic_size=False)
+    truth = load_onnx(path, threads=1).results(x, torch.tensor([1.0, 1.0, 0, 0, 64, 64]).expand(4, 6))
+    if name == "segmentor": samples = [{"image": a, "mask": o.mask.roll(4, 1).index_fill(0, torch.arange(8), 255)} for a, o in zip(x, truth)]
+    else: samples = [{"images": a, "boxes": (o.boxes + torch.tensor([0, 0, 0, 3])).clamp(max=64), "labels": o.labels, **({"masks": o.masks} if name == "instances" else {})}
+                     for a, o in zip(x, truth)]
+    gather = lambda part: {k: torch.stack([o[k] for o in part]) if k in ("image", "images", "mask") else [o[k] for o in part] for k in part[0]}
+    loader = DataLoader(samples, 2, collate_fn=gather)
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    expected = trainer.validate(model, loader, verbose=False)[0][logged]
+    for how in ({}, {"calibration": x}):
+        found = quantize_onnx(path, tmp_path / "q.onnx", evaluate=loader, threads=1, verbose=False, **how)
+        assert (found.measure, found.images) == (measure, 4) and found.before == pytest.approx(expected, abs=0.01) and 0.2 < expected < 1
+        assert 0.5 * expected < found.after <= 1 and found.bytes_after < 0.5 * found.bytes_before
+    # Without labels, also of a dynamic one.
+    found = quantize_onnx(path, tmp_path / "q.onnx", evaluate=[o.image for o in make_shapes(3, image_size=80)], threads=1, verbose=False)
+    assert (found.measure, found.images, found.kind) == ("agreement", 3, "dynamic") and found.after > 0.5
+    assert len(load_onnx(found.path).predict(make_shapes(1, image_size=80)[0].image)) == 1
+
+
+def test_eight_bits_of_maps_without_masks_are_written_unmeasured(tmp_path):
+    path = export_to_onnx(build("instances"), tmp_path / "a.onnx", dynamic_size=False)
+    assert quantize_onnx(path, tmp_path / "q.onnx", calibration=images(2), verbose=False).measure is None

@@ -171,8 +171,8 @@ def best_first(
     k: int,                                         # 1 to N
 ) -> tuple[Tensor, Tensor]:                         # (B, k) values, and (B, k) their indices
     "The `k` largest, descending, of equal ones the first: `topk` would leave that to each runtime."
-    found = values.sort(dim=1, descending=True, stable=True)
-    return found.values[:, :k].clone(), found.indices[:, :k].clone()
+    best, order = _best_rows(values, k)
+    return best.clone(), order.clone()
 
 @best_first.register_fake
 def _(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -185,11 +185,20 @@ def keep_best(
     iou_threshold: float,                           # IoU above which the lower of two boxes goes
 ) -> Tensor:                                        # (B, K) bool
     "Which boxes of each image non-maximum suppression keeps."
+    return _keep_rows(boxes_xyxy, scores, iou_threshold)
+
+def _keep_rows(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    "`keep_best`, in code that TorchScript reads."
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    for row, boxes, values in zip(keep, boxes_xyxy, scores):
-        there = (values > 0).nonzero()[:, 0]
-        row[there[nms(boxes[there], values[there], iou_threshold)]] = True
+    for i in range(len(scores)):
+        there = (scores[i] > 0).nonzero()[:, 0]
+        keep[i, there[nms(boxes_xyxy[i][there], scores[i][there], iou_threshold)]] = True
     return keep
+
+def _best_rows(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    "`best_first`, in torch's own operators."
+    found = values.sort(dim=1, descending=True, stable=True)
+    return found.values[:, :k], found.indices[:, :k]
 
 # %% ../nbs/19_export.ipynb #b9803f0d
 @keep_best.register_fake
@@ -225,7 +234,9 @@ def pick_objects(
     "The objects of every image of a batch, best first, filled up with rows of boxes 0, score 0 and label -1."
     # Filled up so that there are always so many, however small the image.
     flat = F.pad(scores.flatten(1), [0, pre_nms_top_k])
-    best, order = best_first(flat, pre_nms_top_k)
+    # TorchScript has no operators of one's own, and needs none: it keeps the loop over the images.
+    tracing = torch.jit.is_tracing()
+    best, order = (_best_rows if tracing else best_first)(flat, pre_nms_top_k)
     labels, there = order % scores.shape[2], best > score_thresh
     place = torch.where(there, order // scores.shape[2], 0)
     boxes = boxes_xyxy.gather(1, place[..., None].expand(-1, -1, 4))
@@ -234,7 +245,7 @@ def pick_objects(
     there = there & (boxes[..., 2:] > boxes[..., :2]).all(-1)
     # Boxes of different classes are moved apart, as torchvision does it.
     far = boxes.where(there[..., None], 0).amax((1, 2)) + 1
-    keep = keep_best(boxes + (labels * far[:, None])[..., None], best.where(there, -1.0), nms_thresh)
+    keep = (torch.jit.script(_keep_rows) if tracing else keep_best)(boxes + (labels * far[:, None])[..., None], best.where(there, -1.0), nms_thresh)
     # Kept ones keep their order: the first has the largest number.
     rank = keep.float() * torch.arange(pre_nms_top_k, 0, -1, device=keep.device)
     first = F.pad(rank, [0, max_detections]).topk(max_detections, 1)
@@ -1270,7 +1281,7 @@ class ProgramModel(nn.Module):
     ) -> dict[str, Tensor]:                         # outputs by name
         return dict(zip(self.metadata["outputs"], self.program(*inputs)))
 
-_PROGRAM_NOTE = "autotimm.json"
+_NOTE = "autotimm.json"
 
 # %% ../nbs/19_export.ipynb #5bd976ed
 def export_program(
@@ -1300,7 +1311,7 @@ def export_program(
         with atomic_path(path) as p:
             info = {**module.info, "outputs": list(names)}
             with _quiet():
-                torch.export.save(program, p, extra_files={_PROGRAM_NOTE: json.dumps(info)})
+                torch.export.save(program, p, extra_files={_NOTE: json.dumps(info)})
                 read = load_program(p)
                 for trial in _trials(inputs, dims, step):
                     got = read(*trial)
@@ -1313,12 +1324,12 @@ def load_program(
 ) -> ProgramModel:                                  # takes batches, gives outputs by name
     "A program, ready to run. Raises `FileNotFoundError`, or `ExportError` for a file that is none."
     if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    note = {_PROGRAM_NOTE: ""}
+    note = {_NOTE: ""}
     try:
         with _quiet(): program = torch.export.load(os.fspath(path), extra_files=note)
     except (*_FAILURES, zipfile.BadZipFile) as e: raise ExportError(f"{Path(path).name!r} is no program of torch.export: {_first_line(e)}") from e
-    if not note[_PROGRAM_NOTE]: raise ExportError(f"{Path(path).name!r} was not written by export_program. Load it with torch.export.load.")
-    return ProgramModel(program, json.loads(note[_PROGRAM_NOTE]))
+    if not note[_NOTE]: raise ExportError(f"{Path(path).name!r} was not written by export_program. Load it with torch.export.load.")
+    return ProgramModel(program, json.loads(note[_NOTE]))
 
 # %% ../nbs/19_export.ipynb #8be1d330
 class _AsTuples(nn.Module):
@@ -1330,6 +1341,14 @@ class _AsTuples(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         "The model's output."
         return _to_tuples(self.model(*inputs))
+
+class _AsNamed(_AsTuples):
+    "Results without what only the check sees; one alone is no tuple."
+    def forward(self, *inputs: Tensor) -> Any:
+        "The named outputs."
+        model: Any = self.model
+        made = model(*inputs)[:len(model.names)]
+        return made if len(made) > 1 else made[0]
 
 def _to_tuples(o: Any) -> Any: return tuple(map(_to_tuples, o)) if isinstance(o, (list, tuple)) else o
 
@@ -1353,22 +1372,28 @@ def export_to_torchscript(
     optimize: bool = True,                          # return it frozen and optimised for inference
     wrap_model: bool = True,                        # trace a module that gives tuples in place of lists
     *,
+    postprocess: bool = False,                      # end on results, a tuple in the order of `metadata["outputs"]`
+    metadata: Mapping[str, Any] | None = None,      # what the file shall say of itself
     atol: float = 1e-4,                             # difference from the model that is allowed, absolute
     rtol: float = 1e-3,                             # and as a share of the value
 ) -> torch.jit.ScriptModule:                        # in eval mode
     "Write a model as TorchScript, compared with the model. Raises `RuntimeError`, whatever fails."
     if not all(hasattr(torch.jit, o) for o in ("trace", "script", "save")): raise RuntimeError("This torch has no TorchScript any more. Use export_program or export_to_onnx.")
     if method not in ("trace", "script"): raise RuntimeError(f"method must be 'trace' or 'script', got {method!r}.")
+    if postprocess and method == "script": raise RuntimeError("postprocess=True is for method='trace'.")
     try:
         with exportable(model) as inside, _quiet():
-            path, inputs = _save_path(save_path), example_inputs(inside, describe(inside), example_input)
-            made: Any = torch.jit.script(inside) if method == "script" else torch.jit.trace(_AsTuples(inside).eval() if wrap_model else inside, inputs, check_trace=False)
-            dims = name_dims(inputs)
+            path, module = _save_path(save_path), as_exported(inside, describe(inside, metadata, postprocess))
+            inputs = example_inputs(inside, module.info, example_input)
+            module.name_outputs(inputs)
+            source: nn.Module = _AsNamed(module) if postprocess else _AsTuples(inside) if wrap_model else inside
+            made: Any = torch.jit.script(inside) if method == "script" else torch.jit.trace(source, inputs, check_trace=False)
+            dims, note = name_dims(inputs), json.dumps({**module.info, "outputs": list(module.names)})
             with atomic_path(path) as p:
-                torch.jit.save(made, os.fspath(p))
+                torch.jit.save(made, os.fspath(p), _extra_files={_NOTE: note})
                 _strip_sources(p)
-                read = torch.jit.load(os.fspath(p))
-                for trial in _trials(inputs, dims, None): compare(_flat(read(*trial)), _flat(inside(*trial)), atol, rtol)
+                read = load_torchscript(p)
+                for trial in _trials(inputs, dims, None): compare(_flat(read(*trial)), _flat((source if postprocess else inside)(*trial)), atol, rtol)
             return torch.jit.optimize_for_inference(torch.jit.freeze(read.eval())) if optimize else read.eval()
     except ExportError: raise
     except (*_FAILURES, torch.jit.Error) as e:  # type: ignore[misc]
@@ -1384,10 +1409,13 @@ def load_torchscript(
     path: str | os.PathLike[str],                   # the file
     device: str | torch.device = "cpu",             # to load to
 ) -> torch.jit.ScriptModule:                        # in eval mode
-    "A TorchScript file, ready to run."
+    "A TorchScript file, ready to run; what it says of itself is its `metadata`."
     if not hasattr(torch.jit, "load"): raise RuntimeError("This torch has no TorchScript any more. Use export_program or export_to_onnx.")
     if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    with _quiet(): return torch.jit.load(os.fspath(path), map_location=device).eval()
+    note = {_NOTE: ""}
+    with _quiet(): found = torch.jit.load(os.fspath(path), map_location=device, _extra_files=note).eval()
+    found.metadata = json.loads(note[_NOTE] or "{}")
+    return found
 
 def export_checkpoint_to_torchscript(
     checkpoint_path: str | os.PathLike[str],        # of Lightning

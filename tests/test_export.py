@@ -365,6 +365,27 @@ def test_torchscript(name, tmp_path):
     assert export_to_torchscript(nn.Linear(2, 2), tmp_path / "c.pt", torch.ones(1, 2), "script")(torch.ones(3, 2)).shape == (3, 2)
 
 
+@pytest.mark.parametrize("name", ["classifier", "segmentor", "fcos", "yolox-head", "instances"])
+def test_torchscript_with_results(name, tmp_path):
+    model = build(name).train()
+    export_to_torchscript(model, tmp_path / "a.pt", postprocess=True)
+    found = load_torchscript(tmp_path / "a.pt")
+    assert model.training and found.metadata["class_names"] == NAMES and found.metadata["data_config"]["input_size"] == [3, 64, 64]
+    assert not any("autotimm" in o.kind() for o in found.inlined_graph.nodes())
+    model.eval()
+    for x in (images(5), torch.randn(1, 3, 96, 128)):
+        made = found(x)
+        got = dict(zip(found.metadata["outputs"], made if isinstance(made, tuple) else [made], strict=True))
+        if name == "classifier":
+            with torch.no_grad(): close(got["probabilities"].detach(), model(x).softmax(1), 1e-5)
+        elif name == "segmentor": assert (got["mask"] == model.predict(x, full_size=True)).float().mean() > 0.999
+        else:
+            for i, wanted in enumerate(model.predict(x)):
+                count = int(got["num_detections"][i])
+                close(rows({k: got[k][i, :count].detach() for k in ("boxes", "scores", "labels")}), rows(wanted), 2e-2)
+    with pytest.raises(RuntimeError, match="method='trace'"): export_to_torchscript(model, tmp_path / "b.pt", method="script", postprocess=True)
+
+
 def test_programs(tmp_path):
     model = build("fcos")
     before = modes(model)

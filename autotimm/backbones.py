@@ -316,7 +316,7 @@ def _read_json(path: Path, where: str = "") -> dict[str, Any]:
     "A JSON object from a file. Raises `HubCorruptError` if it is none."
     where = where or repr(path.parent.name)
     try: value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise HubCorruptError(f"{path.name} of {where} is not valid JSON ({e}). Fetch or save it again.") from e
     if not isinstance(value, dict):
         raise HubCorruptError(f"{path.name} of {where} must hold a JSON object, got {type(value).__name__}.")
@@ -846,6 +846,12 @@ def _check_drop(model: nn.Module, args: Mapping[str, Any], name: str) -> None:
                         for m in model.modules()):
         raise ValueError(f"{name!r} has no stochastic depth, so drop_path_rate={rate} cannot be honoured. Leave it at 0.")
 
+_LOADING_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict")
+
+def _building_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    "What shapes a timm model, without what would have timm read weights or configs of somewhere else."
+    return {k: v for k, v in args.items() if k not in _LOADING_ARGS}
+
 def _finish_timm(model: Any, architecture: str, args: Mapping[str, Any], cfg: _Config, ref: _Reference,
                  commit: str | None = None) -> _Built:
     "A timm model with its data config and recipe."
@@ -855,7 +861,7 @@ def _finish_timm(model: Any, architecture: str, args: Mapping[str, Any], cfg: _C
     for key in _SOURCE_KEYS: known.pop(key, None)
     size = _check_size(cfg.extra_kwargs.get("img_size") or args.get("img_size"))
     data = _data_config(timm.data.resolve_model_data_config(model), args.get("in_chans"), size)
-    recipe = dict(architecture=architecture, args=to_plain(args), pretrained_cfg=to_plain(known))
+    recipe = dict(architecture=architecture, args=to_plain(_building_args(args)), pretrained_cfg=to_plain(known))
     name = _public_name(ref, cfg.model_name)
     return _Built(model, _TimmLibrary(), name, ref.source, data, recipe, commit,
                   tuple(getattr(cfg, "out_indices", _DEFAULT_INDICES)))
@@ -923,19 +929,19 @@ def _is_transformers(obj: Any, kind: str) -> bool:
 
 def _transformers(why: str) -> Any: return require("transformers", extra="transformers", why=why)
 
-def _processor_settings(config: Any) -> dict[str, Any]:
-    "The default image processor of a config's kind as a dict; empty if it has none."
-    auto = _transformers("A transformers model").models.auto.image_processing_auto
-    kind = config.model_type.removesuffix("_vision_model")
-    names = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
-    name = names.get("torchvision") or names.get("pil") if isinstance(names, Mapping) else names
-    cls = getattr(_transformers("A transformers model"), name, None) if isinstance(name, str) else None
+def _processor_settings(config: Any, name: str = "") -> dict[str, Any]:
+    "What the image processor of this name, or else of a config's kind, has by default; empty if it has none."
+    transformers = _transformers("A transformers model")
+    cls, base = getattr(transformers, name, None), transformers.image_processing_base.ImageProcessingMixin
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        names = transformers.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type.removesuffix("_vision_model"))
+        own = names.get("torchvision") or names.get("pil") if isinstance(names, Mapping) else names
+        cls = getattr(transformers, own, None) if isinstance(own, str) else None
     try: return {} if cls is None else cls().to_dict()
     except TypeError: return {}  # a processor that cannot be made without arguments has no defaults either
 
 def _processor_data_config(settings: Mapping[str, Any], config: Any, prefer_config: bool) -> dict[str, Any]:
     "A data config from an image processor's settings; ImageNet's values where it is silent."
-    settings = settings.get("image_processor", settings)
     normalise = settings.get("do_normalize", "image_mean" in settings)
     mean, std = settings.get("image_mean") or _IMAGENET["mean"], settings.get("image_std") or _IMAGENET["std"]
     if settings and not normalise: mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -944,8 +950,8 @@ def _processor_data_config(settings: Mapping[str, Any], config: Any, prefer_conf
     crop_pct = crop[0] / size[0] if crop and size else float(settings.get("crop_pct") or (1.0 if settings else 0.875))
     native = _pair(getattr(config, "image_size", None))
     final = (native if prefer_config else None) or crop or size or native or (224, 224)
-    # A processor that states height and width, and no crop, resizes to just that and changes the proportions.
-    squash = crop is None and isinstance(settings.get("size"), Mapping) and "height" in settings["size"]
+    # A processor that states height and width resizes to just that and changes the proportions, whether it crops then or not.
+    squash = isinstance(settings.get("size"), Mapping) and "height" in settings["size"]
     channels = int(getattr(config, "num_channels", 3))
     resample = settings.get("resample")
     interpolation = _RESAMPLING.get(int(resample), "bicubic") if resample is not None else "bicubic"
@@ -1112,14 +1118,17 @@ def _build_transformers_folder(kind: str, files: _Files, ref: _Reference, cfg: _
     if cfg.pretrained: model, missing = _load_transformers(transformers, config, files, where, cfg)
     else: model, missing = _from_config(transformers, config), []
     if pooling is None and any(re.match(r"(.*\.)?(pooler|head)\.", k) for k in missing): pooling = _pooling_without_pooler(model)
-    data = _processor_data_config(_folder_processor(files.folder) or _processor_settings(config), config, False)
+    data = _processor_data_config(_folder_processor(files.folder, config), config, False)
     return _finish_transformers(model, _data_config(data, size=size), pooling, cfg, _public_name(ref, cfg.model_name),
                                 ref.source, files.commit)
 
-def _folder_processor(folder: Path) -> dict[str, Any]:
-    "The image processor's settings in a folder; empty if it has none."
+def _folder_processor(folder: Path, config: Any) -> dict[str, Any]:
+    "The image processor's settings in a folder; what it leaves out is as its class has it."
     found = [folder / name for name in _SMALL_FILES[1:] if (folder / name).is_file()]
-    return _read_json(found[0]) if found else {}
+    stated = _read_json(found[0]) if found else {}
+    if isinstance(inner := stated.get("image_processor"), Mapping): stated = dict(inner)
+    name = str(stated.get("image_processor_type") or stated.get("feature_extractor_type") or "")
+    return {**_processor_settings(config, name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")), **stated}
 
 def _pooling_without_pooler(model: nn.Module) -> str:
     "The pooling to use when the checkpoint lacks the pooler's weights."
@@ -1185,10 +1194,11 @@ def _from_recipe(spec: Mapping[str, Any]) -> _Built:
     for key in ("input_size", "mean", "std"): data[key] = tuple(data[key])
     library: Any
     if kind == "timm":
-        args = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["args"].items()}
+        if not timm.is_model(str(spec["architecture"])): raise ValueError(f"{spec['architecture']!r} is no architecture of timm {timm.__version__}.")
+        args = {k: tuple(v) if isinstance(v, list) else v for k, v in _building_args(spec["args"]).items()}
         model, _ = _create_timm(spec["architecture"], args, pretrained_cfg=dict(spec["pretrained_cfg"]))
         library = _TimmLibrary()
-        recipe = {k: spec[k] for k in ("architecture", "args", "pretrained_cfg")}
+        recipe = {"architecture": spec["architecture"], "args": _building_args(spec["args"]), "pretrained_cfg": spec["pretrained_cfg"]}
     else:
         transformers = _transformers(f"Backbone {spec['name']!r}")
         config_class: Any = getattr(transformers, str(spec["config_class"]), None)
@@ -1300,7 +1310,7 @@ def _make_classifier(backbone: Backbone, num_classes: int) -> nn.Module | None:
 # %% ../nbs/02_backbones.ipynb #50115ac3
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     "JSON that people can read."
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+    path.write_bytes(json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 def _write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     "Weights as safetensors, on the CPU, no two sharing memory."
@@ -1369,7 +1379,10 @@ def _processor(data: Mapping[str, Any]) -> dict[str, Any]:
     if data.get("crop_mode", "center") == "center" and height == width:
         return {"image_processor_type": "CLIPImageProcessor", **common, "size": {"shortest_edge": side[0]}, "do_center_crop": True,
                 "crop_size": {"height": height, "width": width}}
-    # No processor of transformers' crops oblong parts, or pads: the whole image is resized to the model's size.
+    if data.get("crop_mode") == "squash" and side != [height, width]:
+        return {"image_processor_type": "CLIPImageProcessor", **common, "size": {"height": side[0], "width": side[1]}, "do_center_crop": True,
+                "crop_size": {"height": height, "width": width}}
+    # No processor of transformers' crops oblong parts of an image that keeps its proportions, or pads: the whole image is resized to the model's size.
     return {"image_processor_type": "ViTImageProcessor", **common, "size": {"height": height, "width": width}}
 
 def _save_backbone(backbone: _Base, folder: Path) -> Path:

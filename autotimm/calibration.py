@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
+from .callbacks import quiet
 from .viz import new_figure
 
 # %% ../nbs/17_calibration.ipynb #70567f47
@@ -144,12 +145,14 @@ def collect_logits(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(o, o.training) for o in model.modules()]
     collector = LogitCollector(model, read)
-    trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else "cpu" if device.type == "cpu" else "auto", devices=1, logger=False,
-                         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
+    with quiet(everything=True):
+        trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else "cpu" if device.type == "cpu" else "auto", devices=1, logger=False,
+                             enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
     before, own = getattr(data, "trainer", None), getattr(model, "_trainer", None)
     try:
-        if isinstance(data, pl.LightningDataModule): trainer.validate(collector, datamodule=data, verbose=False)
-        else: trainer.validate(collector, data, verbose=False)
+        with quiet(everything=True):
+            if isinstance(data, pl.LightningDataModule): trainer.validate(collector, datamodule=data, verbose=False)
+            else: trainer.validate(collector, data, verbose=False)
     finally:
         model.to(device)
         for o, mode in modes: o.training = mode

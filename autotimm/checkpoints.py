@@ -109,12 +109,13 @@ def named_errors(
     "Errors of a block that reads a checkpoint say which file it is, and what to do."
     name = os.path.relpath(path) if os.path.exists(str(path)) else str(path)
     try: yield
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as e:
+    except (FileNotFoundError, IsADirectoryError, PermissionError): raise
+    except (EOFError, RuntimeError, OSError, LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError) as e:
         if kinds := re.search(r"GLOBAL (\S+)", str(e)):
             raise pickle.UnpicklingError(
                 f"{name} holds an object of {kinds[1]}, which is not loaded with weights_only=True. If you trust the file, call again with "
                 "weights_only=False; or keep only numbers, strings, lists and dicts in save_hyperparameters().") from e
-        if isinstance(e, RuntimeError) and "PytorchStreamReader" not in str(e): raise
+        if "CUDA" in str(e): raise
         raise RuntimeError(f"{name} is cut off, or no checkpoint: it cannot be read. Give another file, e.g. one that lies beside it, "
                            "or leave out ckpt_path.") from e
 

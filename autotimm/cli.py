@@ -33,6 +33,7 @@ def _add_predict(add: Callable[..., Any]) -> None:
     add("--csv", metavar="FILE", help="write a table")
     add("--json", metavar="FILE", help="write JSON")
     add("--coco", metavar="FILE", help="write COCO annotations: boxes and masks")
+    add("--masks", metavar="FOLDER", help="write the masks of a segmentor: a PNG of class ids for each image")
     add("--plot", metavar="FILE", help="write a picture (PNG) of the first images")
     add("--batch-size", type=int, metavar="N", default=32, help="images at once (default: 32)")
     add("--workers", type=int, metavar="N", help="threads that read images (default: one a processor)")
@@ -149,17 +150,22 @@ def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
 
 def do_predict(args: argparse.Namespace) -> None:
     "Predict images, and write what was asked for; a table on the screen if nothing was."
+    from autotimm.viz import save_figure
     model = load_model(args.model, getattr(args, "revision", None))
+    for option, tasks in _ONLY_FOR.items():
+        if hasattr(args, option) and getattr(model, "task_name", None) not in tasks: raise ValueError(f"--{option} is for {', '.join(tasks)}; {args.model} is for {getattr(model, 'task_name', 'something else')}.")
     how = _given(args, workers="num_workers", device="device", precision="precision", top_k="top_k", tta="tta", batch_size="batch_size", on_bad_image="on_bad_image")
     results = model.predict(args.images if len(args.images) > 1 else args.images[0], **how)
-    written = _given(args, csv="to_csv", json="to_json", coco="to_coco")
+    written = _given(args, csv="to_csv", json="to_json", coco="to_coco", masks="to_png")
     for method, path in written.items():
         getattr(results, method)(path)
         print(f"{path}: {len(results)} images")
-    if hasattr(args, "plot"): results.plot().savefig(args.plot)
+    if hasattr(args, "plot") and len(results): save_figure(results.plot(), args.plot)
     if results.bad and not len(results): raise ValueError(f"None of the images could be read. {next(iter(results.bad))}: {next(iter(results.bad.values()))}.")
     if results.bad: print(f"{len(results.bad)} could not be read: {', '.join(list(results.bad)[:5])}{' ...' if len(results.bad) > 5 else ''}", file=sys.stderr)
     if not written: _print_results(results)
+
+_ONLY_FOR = {"masks": ("segmentation",), "coco": ("detection", "instance_segmentation", "segmentation")}
 
 def _print_results(results: Any) -> None:
     "The table of the results."

@@ -186,7 +186,9 @@ def atomic_path(
         if path.is_dir() and (hold / path.name).is_dir():
             if swap_paths(hold / path.name, path): return
             path.rename(hold / "old")
-        (hold / path.name).replace(path)
+        try: (hold / path.name).replace(path)
+        except OSError:     # another process has made the folder meanwhile
+            if not (path.is_dir() and (hold / path.name).is_dir() and swap_paths(hold / path.name, path)): raise
     finally: shutil.rmtree(hold, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #4daca803

@@ -27,7 +27,7 @@ from .data.datamodule import ImageDataModule
 from .tasks.classification import ImageClassifier
 from .testing import LocalHub
 from .trainer import AutoTrainer
-from .viz import Table, plot_curves, show_images
+from .viz import Table, plot_curves, save_figure, show_images
 
 # %% ../nbs/32_demo.ipynb #d8802083
 def write_digits(
@@ -205,7 +205,7 @@ def draw_predictions(
     colors = ["black" if all(o[i] == y for o in said) else "crimson" for i, y in enumerate(labels)]
     config: Any = data.data_config
     figure = show_images(batch, titles, config["mean"], config["std"], max_images=len(batch), colors=colors)
-    with atomic_path(path) as p: figure.savefig(p, format="png")
+    save_figure(figure, path)
 
 def draw_curves(
     results: list[Result],    # one a route
@@ -215,7 +215,7 @@ def draw_curves(
     curves = {f"{r.route.name}/{quantity}": [(row["epoch"], row[f"val/{quantity}"]) for row in r.history if f"val/{quantity}" in row]
               for quantity in ("accuracy", "loss") for r in results}
     figure = plot_curves(curves, width=4.5, height=3.2)
-    with atomic_path(path) as p: figure.savefig(p, format="png")
+    save_figure(figure, path)
 
 # %% ../nbs/32_demo.ipynb #b0f08143
 @contextlib.contextmanager

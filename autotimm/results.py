@@ -17,12 +17,14 @@ from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
+import PIL.Image
 from torch import Tensor
 
 from .core import atomic_path, require
 from .data.annotations import rle_encode
 from .data.readers import load_image
-from .viz import Table, show_boxes, show_images, show_masks
+from .viz import Table, class_colors, show_boxes, show_images, show_masks
 
 # %% ../nbs/15_results.ipynb #813e6a9d
 @dataclass(eq=False, kw_only=True)
@@ -60,6 +62,10 @@ class Result(Mapping[str, Any]):
     def regions(self) -> list[dict[str, Any]]:
         "What COCO says of each region of the image. Raises `TypeError` for results that have none."
         raise TypeError(f"{type(self).__name__} has no boxes or masks, so there is no COCO form of it. Use to_json() or to_csv().")
+
+    def to_png(self, path: str | os.PathLike[str]) -> Path:
+        "Write what was found as a PNG of class ids. Raises `TypeError` for results that have no class for every pixel."
+        raise TypeError(f"{type(self).__name__} has no class for every pixel, so there is no mask to write. Use to_json(), to_csv() or plot().")
 
     def picture(self) -> Tensor:
         "The original image, (C, H, W) uint8. Raises `ValueError` if it was not kept."
@@ -223,6 +229,18 @@ class SegmentationResult(Result):
                               segmentation=rle_encode(where.numpy())))
         return found
 
+    def to_png(
+        self,
+        path: str | os.PathLike[str],           # file
+    ) -> Path:                                  # the file
+        "Write the class ids as a PNG of the original size: its pixels are the ids, its palette shows them as colours (16 bits without one from 257 classes on)."
+        ids, path = self.mask.cpu().numpy(), Path(path)
+        if ids.size and not 0 <= ids.min() <= ids.max() < 2**16: raise ValueError(f"A PNG holds class ids from 0 to 65535, got {ids.min()} to {ids.max()}.")
+        picture = PIL.Image.fromarray(ids.astype(np.uint8 if ids.max(initial=0) < 256 else np.uint16))
+        if picture.mode == "L": picture.putpalette((class_colors(256) * 255).round().astype(np.uint8).tobytes())
+        with atomic_path(path) as p: picture.save(p, format="png", optimize=True)
+        return path
+
     @classmethod
     def draw(cls, results: Sequence["SegmentationResult"], **look: Any) -> Any:
         "Images under their masks."
@@ -335,6 +353,15 @@ class Results(Sequence[Any]):
         found = coco_dataset(self.results, like)
         _written(json.dumps(found), path)
         return found
+
+    def to_png(
+        self,
+        folder: str | os.PathLike[str],                 # made if it is not there; files in it that have these names are written over
+    ) -> list[Path]:                                    # one file an image, in their order
+        "The masks of a segmentor as PNG files of class ids, called like the images; with their number before it where two are called alike."
+        names = [PurePath(o).stem for o in _file_names(self.results)]
+        if len({o.casefold() for o in names}) < len(names): names = [f"{i:0{len(str(len(names)))}d}_{o}" for i, o in enumerate(names)]
+        return [o.to_png(Path(folder) / f"{name}.png") for o, name in zip(self.results, names)]
 
     def plot(
         self,

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -41,7 +42,7 @@ from .checkpoints import LAST_NAME, find_last, named_errors
 from .core import atomic_path, import_object, lookup, require
 from .data.datamodule import (DetectionDataModule, ImageDataModule, InstanceSegmentationDataModule, MultiLabelImageDataModule,
                                       SegmentationDataModule)
-from .data.readers import find_split_folders
+from .data.readers import BadImageError, find_split_folders
 from .hub import save_pretrained
 from .metrics import default_metrics
 from .report import write_report
@@ -52,7 +53,7 @@ from .tasks.instance import InstanceSegmentor
 from .tasks.segmentation import SemanticSegmentor
 from .tasks.yolox import YOLOXDetector
 from .trainer import DEFAULT_EPOCHS, AutoTrainer
-from .viz import Table
+from .viz import Table, save_figure
 
 # %% ../nbs/33_training_cli.ipynb #c214a9e3
 # The default number of epochs is an int of its own kind, which gives way to other limits; YAML shall print it as a number.
@@ -562,7 +563,7 @@ def finish_run(
     with atomic_path(run / "run.json") as path: path.write_text(json.dumps(noted, indent=1), encoding="utf-8")
     if trainer.history:
         write_history(run, trainer.history)
-        trainer.plot_history().savefig(run / "curves.png")
+        save_figure(trainer.plot_history(), run / "curves.png")
     if isinstance(model, VisionTask):
         # The card takes these from the model itself.
         rest = {k: v for k, v in settings.items() if k != "data" and k.replace(" ", "_") not in model.hparams}
@@ -572,10 +573,16 @@ def finish_run(
 
 # %% ../nbs/33_training_cli.ipynb #69b92bc2
 @contextlib.contextmanager
-def _named_failures() -> Iterator[None]:
+def _named_failures(
+    data: str,                      # prefix of the data's options
+) -> Iterator[None]:
     "Errors of the libraries below as such that a command line prints, with the way out that it has."
     try: yield
     except MisconfigurationException as e: raise ValueError(str(e)) from e
+    except BadImageError as e:
+        # One that a worker met holds the worker's traceback.
+        text = str(e).rsplit("BadImageError: ", 1)[-1]
+        raise BadImageError(text.replace('on_bad_image="skip" or "report"', f"--{data}on_bad_image=skip or report"), e.image) from e
     except HubError as e:
         if "--no-pretrained" in str(e): raise
         raise type(e)(f"{e} Or start from random weights: --no-pretrained.") from e
@@ -597,8 +604,9 @@ def run_fit(
     if short.resume is not None:
         if short.out is not None: raise ValueError("--out and --resume each name a run folder; give one.")
         args, last = _resumed(Path(short.resume), args)
-    with _named_failures(), own_modules(args):
-        cli = RunCLI(make_plan("fit", args), _given_folder(short), last)
+    plan = make_plan("fit", args)
+    with _named_failures(plan.prefix("data")), own_modules(args):
+        cli = RunCLI(plan, _given_folder(short), last)
         run, trainer = cli.run_folder, cli.trainer
         assert run is not None
         os.environ[_SHARED] = str(run.absolute())
@@ -610,6 +618,10 @@ def run_fit(
             with interruptible(trainer): trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last and str(last))
             metrics = finish_run(run, cli)
         except KeyboardInterrupt as e: raise KeyboardInterrupt(how_to_go_on(run)) from e
+        except Exception:
+            # A run that failed before its first step has nothing to go on with.
+            if is_rank_zero() and short.resume is None and not trainer.global_step and find_last(run / "checkpoints") is None: shutil.rmtree(run, ignore_errors=True)
+            raise
         finally: os.environ.pop(_SHARED, None)
     _print_metrics(metrics)
     return run
@@ -646,7 +658,7 @@ def run_evaluation(
     if run is None and plan.short.ckpt in ("best", "last"):
         raise ValueError(f"autotimm {verb} needs a run folder, or --config FILE and --ckpt FILE.")
     checkpoint = find_checkpoint(run or Path("."), plan.short.ckpt)
-    with _named_failures(), own_modules(args):
+    with _named_failures(plan.prefix("data")), own_modules(args):
         cli = RunCLI(plan, None, checkpoint)
         check_names(checkpoint, cli.datamodule)
         with interruptible(cli.trainer), quiet(everything=True):

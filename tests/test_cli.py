@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,9 @@ def test_example(name, here, capsys):
     images = {"photos": "photos/test/circle", "tags": "tags/images", "masks": "masks/images/val", "coco": "coco/val2017"}[TRIALS[name][1]]
     assert main(["predict", images, "--model", str(out), "--json", f"{name}.json", "--csv", f"{name}.csv", "--device", "cpu"]) == 0, capsys.readouterr().err
     assert len(json.loads(Path(f"{name}.json").read_text())["results"]) == len(list(Path(images).iterdir()))
+    if name == "segmentation":
+        assert main(["predict", images, "--model", str(out), "--masks", "said", "--device", "cpu"]) == 0
+        assert sorted(o.stem for o in Path("said").iterdir()) == sorted(o.stem for o in Path(images).iterdir())
     if name not in ("classification", "yolox"): return
     assert main(["validate", str(out), "--json", "again.json"]) == 0
     assert json.loads(Path("again.json").read_text())["val/loss"] == pytest.approx(metrics["val/loss"], rel=1e-5)
@@ -199,7 +203,9 @@ def test_predict(run, here, capsys):
     assert main(["predict", "photos/test/circle", "photos/test/square", "--model", checkpoint, "--tta", "flip", "--plot", "out.png"]) == 0
     assert "circle" in capsys.readouterr().out and Path("out.png").stat().st_size > 1000
     assert main(["predict", "photos/test", "--model", str(run), "--coco", "out.json"]) == 1
-    assert "no boxes or masks" in capsys.readouterr().err
+    assert "--coco is for detection, instance_segmentation, segmentation" in capsys.readouterr().err
+    assert main(["predict", "photos/test", "--model", str(run), "--masks", "out"]) == 1
+    assert "--masks is for segmentation" in capsys.readouterr().err and not Path("out").exists()
 
 
 def test_export_and_predict_from_onnx(run, here, capsys):
@@ -286,6 +292,19 @@ def test_errors_are_one_line(case, here, capsys):
     assert text in said and len(said.splitlines()) == 1 and said.startswith(f"autotimm {argv[0]}: ")
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(here, capsys):
+    from autotimm.testing import write_folders
+    for name, wanted in (("damaged", "--data.on_bad_image=skip"), ("alone", "nothing can be learned")):
+        folder = write_folders(name, splits=dict(train=6, val=3), image_size=32, max_objects=1)
+        if name == "damaged": next(iter((folder / "train").glob("square/*"))).write_bytes(b"no image")
+        else:
+            for path in [*folder.glob("*/square"), *folder.glob("*/triangle")]: shutil.rmtree(path)
+        for workers in "02":
+            assert main(["fit", "--data", name, "--out", "runs/failed", *SMALL, "--workers", workers]) == 1
+            said = capsys.readouterr().err.strip()
+            assert wanted in said and "Traceback" not in said and len(said.splitlines()) == 1 and not Path("runs/failed").exists(), said
+
+
 def test_files_that_are_damaged_are_named(run, here, capsys):
     whole = (run / "checkpoints/version_0/last.ckpt").read_bytes()
     torch.save({"state_dict": {}}, "foreign.ckpt")
@@ -348,7 +367,9 @@ def start(*argv: str, **how):
     "The command in a process of its own."
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     code = ["-c", "import sys; from autotimm.cli import main; sys.exit(main())"] if argv[0] != "-c" else []
-    return subprocess.Popen([sys.executable, *code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **how)
+    # A shell that runs these tests in the background has them ignore Ctrl-C, and what they start would too.
+    return subprocess.Popen([sys.executable, *code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **how)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["predict", "--help"], ["serve", "--help"]])
@@ -375,9 +396,11 @@ def test_ctrl_c_keeps_the_last_epoch(here):
     process = start("fit", "--data", "photos", "--out", "runs/stopped", *SMALL, "--epochs", "10000", cwd=here)
     last = here / "runs/stopped/checkpoints/version_0/last.ckpt"
     deadline = time.monotonic() + 90
-    while not last.exists() and time.monotonic() < deadline and process.poll() is None: time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        while not last.exists() and time.monotonic() < deadline and process.poll() is None: time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally: process.kill()
     assert process.returncode == 130, err
     assert "autotimm fit --resume runs/stopped" in err and "Traceback" not in err
     epochs = torch.load(last, weights_only=True)["epoch"] + 1

@@ -147,6 +147,21 @@ def test_the_processor_of_the_repository_is_used(hub):
 
 
 @needs_transformers
+def test_a_processor_that_squashes_and_crops(hub):
+    import numpy as np
+    import transformers
+    from PIL import Image
+
+    from autotimm import ImageClassifier
+    processor = dict(image_processor_type="DeiTImageProcessor", size={"height": 80, "width": 80}, crop_size={"height": 64, "width": 64}, resample=3)
+    hub.add_transformers("facebook/deit", transformers.DeiTConfig(**VIT), processor=processor)
+    picture = Image.effect_mandelbrot((150, 90), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    model = ImageClassifier(create_backbone("facebook/deit"), 3)
+    theirs = transformers.AutoImageProcessor.from_pretrained("facebook/deit")(picture, return_tensors="np").pixel_values[0]
+    assert np.abs(model.preprocess(picture)[0].numpy() - theirs).max() < 1.01 / 255 / min(model.data_config["std"])
+
+
+@needs_transformers
 def test_only_the_vision_tower_of_a_clip(hub):
     import transformers
     tower = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64)
@@ -295,8 +310,9 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{s.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("endpoint", [closed_port(), "http://no-such-host.invalid"])
+@pytest.mark.parametrize("endpoint", [None, "http://no-such-host.invalid"], ids=["refused", "unresolved"])
 def test_refused_and_unresolved_are_noticed_soon(hub, monkeypatch, endpoint):
+    endpoint = endpoint or closed_port()
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     for call in (lambda: create_backbone("me/other"), lambda: create_backbone("test_vit"), list_hf_hub_backbones):
         start = time.perf_counter()

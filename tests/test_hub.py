@@ -126,6 +126,20 @@ def test_pixels_of_every_library_agree(size, tmp_path):
     for other in (in_timm, in_transformers): assert other.shape == ours.shape and (other - ours).abs().max() <= grey
 
 
+def test_a_cropped_image_has_the_same_pixels_on_transformers(tmp_path):
+    model = classifier(transformers.ViTConfig(**TOKENS), transform_config=dict(crop_pct=0.8))
+    assert model.data_config["crop_mode"] == "squash"
+    processor = AutoImageProcessor.from_pretrained(model.save_pretrained(tmp_path / "net"))
+    assert (processor(photo(), return_tensors="pt").pixel_values[0] - model.preprocess(photo())[0]).abs().max() < 1.01 / 255 / min(model.data_config["std"])
+
+
+def test_names_of_any_kind_and_letters_that_are_none(tmp_path):
+    for names, said in ((np.array(["a", "b", "c"]), ["a", "b", "c"]), ((1, 2, 3), ["1", "2", "3"]), (["\udc80", "b", "c"], ["\udc80", "b", "c"])):
+        model = classifier(class_names=names)
+        assert load_pretrained(model.save_pretrained(tmp_path / "net")).class_names == said
+    assert classifier(class_weights=np.array([1.0, 2.0, 3.0])).hparams["class_weights"] == [1.0, 2.0, 3.0]
+
+
 def test_odd_names_break_nothing(tmp_path):
     model = classifier(classes=6, class_names=ODD)
     folder = model.save_pretrained(tmp_path / "net", metrics={"a: |b|": 0.5, "n": float("inf")}, data="x: [y]\n- z", card="## Hello", tags=["a: b", "c"])
@@ -635,6 +649,20 @@ def test_a_class_that_a_folder_names_is_not_imported(tmp_path):
     (folder / "config.json").write_text(json.dumps(values))
     model = load_pretrained(folder)
     with pytest.raises(ImportError, match="must come from"): model.configure_optimizers()
+
+
+def test_a_folder_does_not_say_where_weights_are_read(tmp_path):
+    folder = classifier().save_pretrained(tmp_path / "net")
+    opened = tmp_path / "opened"
+    (folder / "notes.bin").write_bytes(b"cos\nmkdir\n(V" + str(opened).encode() + b"\ntR.")   # a pickle that makes a folder
+    values = config(folder)
+    for extra in ({"checkpoint_path": str(folder / "notes.bin")}, {"pretrained": True, "pretrained_cfg": {"file": str(folder / "notes.bin")}}):
+        values["autotimm"]["hparams"]["backbone"]["args"] |= extra
+        (folder / "config.json").write_text(json.dumps(values))
+        assert not set(load_pretrained(folder).hparams["backbone"]["args"]) & set(extra) and not opened.exists()
+    values["autotimm"]["hparams"]["backbone"]["architecture"] = "local-dir:" + str(folder)
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="no architecture of timm"): load_pretrained(folder)
 
 
 def test_a_class_of_ones_own_does_not_take_the_name_of_the_librarys():

@@ -360,7 +360,9 @@ def test_an_onnx_file_is_served(classifier, tmp_path):
 
 def test_serve_runs_until_it_is_interrupted():
     code = "import sys; sys.path.insert(0, sys.argv[1]); from test_serve import Stub; from autotimm.serve import serve; serve(Stub(1.0), port=0)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stderr=subprocess.PIPE, text=True)
+    # A shell that runs these tests in the background has them ignore Ctrl-C, and what they start would too.
+    process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         port = next(int(found[1]) for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
         with ThreadPoolExecutor(1) as pool:

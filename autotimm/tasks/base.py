@@ -48,12 +48,15 @@ from ..results import Results
 from ..viz import plot_confusion_matrix
 
 # %% ../../nbs/20_tasks_base.ipynb #2b2e624d
+class _Values(dict[str, Any]):
+    "Lightning compares these with every constructor argument; an array among those would answer for each of its elements."
+    __array_ufunc__ = None
+
 def plain_hparams(
     values: Mapping[str, Any],      # constructor arguments
 ) -> dict[str, Any]:                # the same as plain values; a module becomes {'module': its class path}
     "Constructor arguments as plain Python values."
-    return {name: {"module": object_path(type(o))} if isinstance(o, nn.Module) else to_plain(o)
-            for name, o in values.items()}
+    return _Values({name: {"module": object_path(type(o))} if isinstance(o, nn.Module) else to_plain(o) for name, o in values.items()})
 
 def refuse_note(
     name: str,                      # argument
@@ -611,6 +614,7 @@ class VisionTask(PortableModule):
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes must be an int from 1 on, got {num_classes!r}.")
         if isinstance(class_names, str): raise TypeError(f"class_names must be a list of names, got {class_names!r}.")
+        class_names = None if class_names is None else [str(o) for o in class_names]
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names holds {len(class_names)} names for {num_classes} classes: {list(class_names)}.")
         metric_configs = as_metric_configs(metrics)
@@ -684,7 +688,12 @@ class VisionTask(PortableModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         "The loss of a training batch."
-        return self._step(batch, "train", batch_idx).losses["loss"]
+        try: return self._step(batch, "train", batch_idx).losses["loss"]
+        except ValueError as e:
+            if "Expected more than 1 value per channel" not in str(e): raise
+            raise ValueError("Batch normalisation needs several values a channel, and this training batch has one image that it sees as one pixel. "
+                             "Train on more images in larger batches (batch_size=2 or more, with drop_last=True if one is left over), or on larger "
+                             "images, or hold BatchNorm still: freeze_norm=True.") from e
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         "Log the loss and feed the metrics."

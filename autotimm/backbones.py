@@ -932,7 +932,8 @@ def _transformers(why: str) -> Any: return require("transformers", extra="transf
 def _processor_settings(config: Any, name: str = "") -> dict[str, Any]:
     "What the image processor of this name, or else of a config's kind, has by default; empty if it has none."
     transformers = _transformers("A transformers model")
-    cls, base = getattr(transformers, name, None), transformers.image_processing_base.ImageProcessingMixin
+    cls: Any = getattr(transformers, name, None)
+    base = transformers.image_processing_base.ImageProcessingMixin
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         names = transformers.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type.removesuffix("_vision_model"))
         own = names.get("torchvision") or names.get("pil") if isinstance(names, Mapping) else names

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from .callbacks import quiet
+from .core import quiet
 from .viz import new_figure
 
 # %% ../nbs/17_calibration.ipynb #70567f47

@@ -32,12 +32,11 @@ from pytorch_lightning.utilities.compile import _maybe_unwrap_optimized
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
-from .callbacks import (FlatName, JsonProgressCallback, SaveIfLogged, back_to_start, in_notebook, is_rank_zero,
-                                missing_metrics, quiet, remember_start, say, show, watched_metrics)
+from .callbacks import FlatName, JsonProgressCallback, SaveIfLogged, back_to_start, missing_metrics, remember_start, watched_metrics
 from .checkpoints import (LAST_NAME, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_folders, find_last,
                                   hide_folders, loader_states, named_errors, new_run_folder, random_states, set_loader_states,
                                   set_random_states)
-from .core import inherit_signature, near_matches, require, seed_everything
+from .core import in_notebook, inherit_signature, is_rank_zero, near_matches, quiet, require, say, seed_everything, show
 from .loggers import LoggerConfig, LoggerManager, logger_state, restart_logger
 from .tuning import (BatchSizeResult, Data, LearningRateResult, SizedSource, TunerConfig, find_rate, find_size,
                              scale_model_rate, set_highest_rates, set_size, wants_rate, wants_size)

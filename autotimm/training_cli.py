@@ -37,9 +37,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from .backbones import BackboneConfig, FeatureBackboneConfig, HubError
-from .callbacks import is_rank_zero, quiet, say
 from .checkpoints import LAST_NAME, find_last, named_errors
-from .core import atomic_path, import_object, lookup, require
+from .core import atomic_path, import_object, is_rank_zero, lookup, quiet, require, say
 from .data.datamodule import (DetectionDataModule, ImageDataModule, InstanceSegmentationDataModule, MultiLabelImageDataModule,
                                       SegmentationDataModule)
 from .data.readers import BadImageError, find_split_folders
@@ -610,19 +609,22 @@ def run_fit(
         run, trainer = cli.run_folder, cli.trainer
         assert run is not None
         os.environ[_SHARED] = str(run.absolute())
+        kept = short.resume is not None
         try:
             if is_rank_zero():
                 run.mkdir(parents=True, exist_ok=True)
                 with atomic_path(run / "config.yaml") as path: path.write_text(cli.saved_config(), encoding="utf-8")
                 say(f"Run folder: {run}")
             with interruptible(trainer): trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last and str(last))
+            kept = True
             metrics = finish_run(run, cli)
-        except KeyboardInterrupt as e: raise KeyboardInterrupt(how_to_go_on(run)) from e
-        except Exception:
+        except KeyboardInterrupt as e:
+            kept = True
+            raise KeyboardInterrupt(how_to_go_on(run)) from e
+        finally:
+            os.environ.pop(_SHARED, None)
             # A run that failed before its first step has nothing to go on with.
-            if is_rank_zero() and short.resume is None and not trainer.global_step and find_last(run / "checkpoints") is None: shutil.rmtree(run, ignore_errors=True)
-            raise
-        finally: os.environ.pop(_SHARED, None)
+            if is_rank_zero() and not (kept or trainer.global_step or find_last(run / "checkpoints")): shutil.rmtree(run, ignore_errors=True)
     _print_metrics(metrics)
     return run
 

@@ -6,7 +6,7 @@
 __all__ = ['MAX_DOWNLOAD', 'Prepare', 'MAX_PIXELS', 'fetch_image', 'url_name', 'find_images', 'PrepareImage', 'PrepareDense',
            'PrepareNative', 'PrepareCrops', 'original_size', 'prepare_classification', 'prepare_dense',
            'logits_to_original', 'logits_to_classes', 'detections_to_original', 'flip_detections', 'merge_detections',
-           'read_and_prepare', 'default_threads', 'check_prediction', 'predict_images']
+           'read_and_prepare', 'default_threads', 'check_prediction', 'predict_images', 'inputs_of', 'name_results']
 
 # %% ../nbs/16_prediction.ipynb #b9136ade
 import glob
@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from torchvision.ops import batched_nms, box_iou
 from torchvision.transforms.v2 import functional as tvf
 from tqdm.auto import tqdm
 
 from .boxes import scale_boxes
-from .data.readers import BadImage, BadImageError, BadImageLog, IMAGE_SUFFIXES, READ_MODES, list_images, load_image
+from .data.readers import BadImage, BadImageError, BadImageLog, IMAGE_SUFFIXES, READ_MODES, Sample, list_images, load_image
 from .data.transforms import (DensePipeline, ResizeAndCrop, TransformAdapter, TransformConfig, dense_pipeline, eval_pipeline,
                                       resize_image)
 from .heads import resize_map
@@ -344,3 +345,28 @@ def _run(run: Callable[[Tensor, Tensor], Sequence[Result]], good: Sequence[tuple
         result.name, result.image, result.size = name, source, (int(row[4]), int(row[5]))
         if result.class_names is None: result.class_names = class_names
     return made
+
+# %% ../nbs/16_prediction.ipynb #934cd39f
+def inputs_of(
+    batch: Any,                   # images, a batch that begins with them, or a dict with 'images', 'image' or 'pixel_values'
+) -> tuple[Tensor, Tensor]:       # (B, C, H, W), and (B, 6) how each was resized
+    "The images of a batch of a DataLoader."
+    rows = batch.get("letterbox") if isinstance(batch, Mapping) else None
+    if isinstance(batch, Mapping): x = next((batch[k] for k in ("images", "image", "pixel_values") if k in batch), None)
+    else: x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"A batch must hold normalised images (B, C, H, W), alone, first, or as 'images' of a dict, got {type(batch).__name__}.")
+    return x, original_size(x).to(x.device).expand(len(x), 6) if rows is None else rows
+
+def name_results(
+    results: Results,             # of a whole DataLoader
+    loader: Any,                  # what they were made of
+) -> Results:                     # the same
+    "Give results the names of their images, where the loader goes through samples in order."
+    samples = getattr(getattr(loader, "dataset", None), "samples", None)
+    if samples is None or not isinstance(getattr(loader, "sampler", None), SequentialSampler): return results
+    read = [o for o in samples if isinstance(o, Sample) and o.name not in results.bad] if results.bad else samples
+    if len(read) != len(results) and not (loader.drop_last and len(read) > len(results)): return results
+    for o, sample in zip(results, read):
+        if isinstance(sample, Sample): o.name, o.image = sample.name, sample.image
+    return results

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['default_workers', 'VisionDataModule', 'ImageDataModule', 'MultiLabelImageDataModule', 'SegmentationDataModule',
-           'DetectionDataModule', 'InstanceSegmentationDataModule']
+           'DetectionDataModule', 'InstanceSegmentationDataModule', 'check_batch', 'check_masks', 'read_targets',
+           'check_targets']
 
 # %% ../../nbs/14_data_datamodule.ipynb #61d74a32
 import math
@@ -839,3 +840,84 @@ class InstanceSegmentationDataModule(BoxDataModule):
         if min_keypoints: raise ValueError(f"min_keypoints={min_keypoints!r}: keypoints are not read. Leave it at 0, and choose the objects in the file.")
         if min_area: self.transform_config = self.transform_config.with_overrides(min_bbox_area=min_area)
         self.csv_options["mask_column"] = mask_column
+
+# %% ../../nbs/14_data_datamodule.ipynb #2e70448d
+def check_batch(batch: Any, num_classes: int, multi_label: bool, channels: int | None = None) -> None:
+    "Raise `ValueError` if a batch is not `(images, labels)` as the classifier needs them."
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(o, Tensor) for o in batch)):
+        raise ValueError(f"A batch must be a pair (images, labels) of tensors, got {type(batch).__name__}.")
+    x, y = batch
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"Images must be float (B, C, H, W), got {x.dtype} {tuple(x.shape)}.")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"Images must be (B, C, H, W) with {channels} channels, as the backbone takes, got {tuple(x.shape)}. "
+                         "Change the data, or build the model with in_chans=.")
+    if multi_label:
+        if tuple(y.shape) != (len(x), num_classes):
+            raise ValueError(f"Labels must be 0/1 of shape {(len(x), num_classes)} with multi_label=True, got {tuple(y.shape)}.")
+        if len(y) and not 0 <= float(y.min()) <= float(y.max()) <= 1:
+            raise ValueError(f"Labels must be from 0 to 1 with multi_label=True, got {float(y.min()):g} to {float(y.max()):g}.")
+    elif y.ndim != 1 or y.is_floating_point():
+        raise ValueError(f"Labels must be class ids (B,) int64, got {y.dtype} {tuple(y.shape)}. "
+                         "For several labels an image build the model with multi_label=True.")
+    elif len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+        way_out = "ids count from 0, so none may be negative" if y.min() < 0 else f"build the model with num_classes={int(y.max()) + 1} or more"
+        raise ValueError(f"Labels must lie in 0..{num_classes - 1}, got {int(y.min())}..{int(y.max())}: {way_out}.")
+
+def check_masks(batch: Any, num_classes: int, ignore_index: int, channels: int | None = None) -> tuple[Tensor, Tensor]:
+    "Images and masks of a batch. Raises `ValueError` where it is not what a segmentor needs."
+    if isinstance(batch, Mapping) and {"image", "mask"} <= set(batch): x, mask = batch["image"], batch["mask"]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2: x, mask = batch
+    else: raise ValueError(f"A batch must be a dict with 'image' and 'mask', or a pair of them, got {type(batch).__name__}"
+                           f"{' with ' + ', '.join(map(repr, batch)) if isinstance(batch, Mapping) else ''}.")
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or (channels is not None and x.shape[1] != channels):
+        raise ValueError(f"Images must be float (B, {channels or 'C'}, H, W), got {getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}.")
+    if not isinstance(mask, Tensor) or mask.shape != (x.shape[0], *x.shape[2:]) or mask.is_floating_point():
+        raise ValueError(f"Masks must be class ids {(x.shape[0], *x.shape[2:])} int64, got {getattr(mask, 'dtype', type(mask).__name__)} "
+                         f"{tuple(getattr(mask, 'shape', ()))}.")
+    known = (ids := mask.long())[ids != ignore_index]
+    if len(known) and not 0 <= int(known.min()) <= int(known.max()) < num_classes:
+        raise ValueError(f"Masks must hold 0..{num_classes - 1} and ignore_index={ignore_index}, got {int(known.min())}..{int(known.max())}. "
+                         "Build the model with more num_classes, or map the numbers with class_mapping= of the data module.")
+    return x, mask
+
+# %% ../../nbs/14_data_datamodule.ipynb #ba269b04
+def read_targets(
+    batch: Mapping[str, Any],       # with images (or image), boxes and labels
+) -> tuple[Tensor, list[dict[str, Tensor]]]:  # (B, C, H, W), and for each image boxes, labels, iscrowd and what else there is
+    "Images and objects of a batch."
+    x = batch["images"] if "images" in batch else batch["image"]
+    names = [o for o in ("boxes", "labels", "iscrowd", "area", "masks", "orig_masks") if o in batch]
+    targets = [dict(zip(names, o)) for o in zip(*(batch[k] for k in names))]
+    # COCO's own 0 and 1 would be taken for indices.
+    for o in targets: o["iscrowd"] = o["iscrowd"].bool() if "iscrowd" in o else torch.zeros_like(o["labels"], dtype=torch.bool)
+    return x, targets
+
+def check_targets(
+    batch: Any,                     # what a data module gave
+    num_classes: int,               # of the model
+    channels: int,                  # of its images
+    needs: Sequence[str] = ("boxes", "labels"),  # lists with an entry an image
+) -> None:
+    "Raise `ValueError` for a batch that a detector cannot be trained with."
+    if not isinstance(batch, Mapping) or not ({"images", "image"} & set(batch)) or not set(needs) <= set(batch):
+        raise ValueError(f"A batch must be a dict with 'images', {', '.join(map(repr, needs))}, got {type(batch).__name__}"
+                         f"{' with ' + ', '.join(map(repr, batch)) if isinstance(batch, Mapping) else ''}.")
+    x = batch["images"] if "images" in batch else batch["image"]
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or x.shape[1] != channels:
+        raise ValueError(f"Images must be float (B, {channels}, H, W), got {getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}.")
+    for name in (*needs, *({"iscrowd"} & set(batch))):
+        if not isinstance(batch[name], Sequence | Tensor) or not all(isinstance(o, Tensor) for o in batch[name]):
+            raise ValueError(f"{name!r} must be a list with a tensor for each image, got {type(batch[name]).__name__}: {batch[name]!r:.80}.")
+        if len(batch[name]) != len(x): raise ValueError(f"There are {len(x)} images, but {name!r} has {len(batch[name])} entries.")
+    for i, (boxes, labels) in enumerate(zip(batch["boxes"], batch["labels"])):
+        if tuple(boxes.shape) != (len(labels), 4) or labels.is_floating_point():
+            raise ValueError(f"Image {i} needs boxes (N, 4) and class ids (N,) int64, got {tuple(boxes.shape)} and {labels.dtype} {tuple(labels.shape)}.")
+        if "masks" in needs and tuple(batch["masks"][i].shape) != (len(labels), *x.shape[2:]):
+            raise ValueError(f"Image {i} needs masks {(len(labels), *x.shape[2:])}, got {tuple(batch['masks'][i].shape)}.")
+        if "masks" in needs and batch["masks"][i].dtype != torch.bool and batch["masks"][i].numel() and batch["masks"][i].max() > 1:
+            raise ValueError(f"Masks must be bool or 0 and 1, got {batch['masks'][i].max():g} in image {i}.")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise ValueError(f"Labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}. They count from 0, without a background.")
+        if len(boxes) and not (torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+            raise ValueError(f"Image {i} has boxes that are not xyxy with x1 > x0 and y1 > y0: {boxes.tolist()[:5]}.")

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'TrainableModule', 'log_figure',
            'evaluating', 'Step', 'as_metric_configs', 'as_list', 'as_batch', 'as_dataclass', 'best_device', 'moved_to',
-           'lock_of', 'predicting', 'inputs_of', 'name_results', 'PredictingModule', 'last_layers', 'PortableModule',
-           'VisionTask', 'DenseTask']
+           'lock_of', 'predicting', 'PredictingModule', 'last_layers', 'PortableModule', 'VisionTask', 'DenseTask']
 
 # %% ../../nbs/20_tasks_base.ipynb #62a4a410
 import dataclasses
@@ -28,14 +27,13 @@ from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..backbones import FeatureBackbone, create_backbone, create_feature_backbone
 from ..calibration import Calibration, calibrate_logits, collect_logits
 from ..core import TRUSTED_MODULES, inherit_signature, lookup, object_path, seed_everything, to_plain
 from ..data.datamodule import count_epochs
-from ..data.readers import Sample
 from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapter, TransformConfig, apply_transform_config,
                                       dense_pipeline, get_transforms_from_backbone, to_uint8_image)
 from ..export import export_to_onnx, export_to_torchscript
@@ -43,7 +41,7 @@ from ..heads import Pyramid
 from ..hub import TASKS, load_pretrained, push_to_hub, save_pretrained
 from ..metrics import LoggingConfig, MetricConfig, MetricManager, confusion_matrix
 from ..optim import create_optimizer, create_scheduler, parameter_groups, step_scheduler
-from ..prediction import PrepareDense, original_size, predict_images, prepare_dense
+from ..prediction import PrepareDense, inputs_of, name_results, predict_images, prepare_dense
 from ..results import Results
 from ..viz import plot_confusion_matrix
 
@@ -420,30 +418,6 @@ def predicting(
     # One that put the mode back while another is at work would have BatchNorm learn from what is only to be predicted.
     with lock_of(module), moved_to(module, device), evaluating(module):
         with torch.autocast(device.type, dtype) if dtype is not None else nullcontext(): yield
-
-def inputs_of(
-    batch: Any,                   # images, a batch that begins with them, or a dict with 'images', 'image' or 'pixel_values'
-) -> tuple[Tensor, Tensor]:       # (B, C, H, W), and (B, 6) how each was resized
-    "The images of a batch of a DataLoader."
-    rows = batch.get("letterbox") if isinstance(batch, Mapping) else None
-    if isinstance(batch, Mapping): x = next((batch[k] for k in ("images", "image", "pixel_values") if k in batch), None)
-    else: x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"A batch must hold normalised images (B, C, H, W), alone, first, or as 'images' of a dict, got {type(batch).__name__}.")
-    return x, original_size(x).to(x.device).expand(len(x), 6) if rows is None else rows
-
-def name_results(
-    results: Results,             # of a whole DataLoader
-    loader: Any,                  # what they were made of
-) -> Results:                     # the same
-    "Give results the names of their images, where the loader goes through samples in order."
-    samples = getattr(getattr(loader, "dataset", None), "samples", None)
-    if samples is None or not isinstance(getattr(loader, "sampler", None), SequentialSampler): return results
-    read = [o for o in samples if isinstance(o, Sample) and o.name not in results.bad] if results.bad else samples
-    if len(read) != len(results) and not (loader.drop_last and len(read) > len(results)): return results
-    for o, sample in zip(results, read):
-        if isinstance(sample, Sample): o.name, o.image = sample.name, sample.image
-    return results
 
 # %% ../../nbs/20_tasks_base.ipynb #10b344c0
 class PredictingModule(TrainableModule):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import lookup
+from ..data.datamodule import check_batch
 from ..heads import ClassificationHead
 from ..losses import create_loss
 from ..metrics import default_metrics
@@ -156,26 +157,3 @@ class ImageClassifier(VisionTask):
         if not self.multi_label: return show_predictions(images, scores, targets, names, **look)
         titles = [", ".join(n for n, p in zip(names, row) if p > self.threshold) or "none" for row in scores]
         return show_images(images, titles, **look)
-
-# %% ../../nbs/21_tasks_classification.ipynb #8e4bccfb
-def check_batch(batch: Any, num_classes: int, multi_label: bool, channels: int | None = None) -> None:
-    "Raise `ValueError` if a batch is not `(images, labels)` as the classifier needs them."
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(o, Tensor) for o in batch)):
-        raise ValueError(f"A batch must be a pair (images, labels) of tensors, got {type(batch).__name__}.")
-    x, y = batch
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"Images must be float (B, C, H, W), got {x.dtype} {tuple(x.shape)}.")
-    if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"Images must be (B, C, H, W) with {channels} channels, as the backbone takes, got {tuple(x.shape)}. "
-                         "Change the data, or build the model with in_chans=.")
-    if multi_label:
-        if tuple(y.shape) != (len(x), num_classes):
-            raise ValueError(f"Labels must be 0/1 of shape {(len(x), num_classes)} with multi_label=True, got {tuple(y.shape)}.")
-        if len(y) and not 0 <= float(y.min()) <= float(y.max()) <= 1:
-            raise ValueError(f"Labels must be from 0 to 1 with multi_label=True, got {float(y.min()):g} to {float(y.max()):g}.")
-    elif y.ndim != 1 or y.is_floating_point():
-        raise ValueError(f"Labels must be class ids (B,) int64, got {y.dtype} {tuple(y.shape)}. "
-                         "For several labels an image build the model with multi_label=True.")
-    elif len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
-        way_out = "ids count from 0, so none may be negative" if y.min() < 0 else f"build the model with num_classes={int(y.max()) + 1} or more"
-        raise ValueError(f"Labels must lie in 0..{num_classes - 1}, got {int(y.min())}..{int(y.max())}: {way_out}.")

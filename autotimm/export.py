@@ -41,10 +41,11 @@ from tqdm.auto import tqdm
 
 from .boxes import decode_detections, level_points, ltrb_to_xyxy, scale_boxes
 from .core import atomic_path, require, to_plain
-from .data.readers import BadImage, BadImageError
+from .data.readers import BadImage, BadImageError, list_images
 from .data.transforms import find_data_config
-from .prediction import (MAX_PIXELS, check_prediction, detections_to_original, find_images, logits_to_classes, original_size,
-                                 predict_images, prepare_classification, prepare_dense, read_and_prepare)
+from .prediction import (MAX_PIXELS, check_prediction, detections_to_original, find_images, inputs_of, logits_to_classes,
+                                 name_results, original_size, predict_images, prepare_classification, prepare_dense,
+                                 read_and_prepare)
 from .results import ClassificationResult, DetectionResult, Result, Results, SegmentationResult
 from .viz import Table
 from .yolox import decode_yolox
@@ -1009,7 +1010,6 @@ class OnnxModel(OnnxFunction):
 
     def _predict_loader(self, loader: torch.utils.data.DataLoader, progress: bool | None, top_k: int) -> Results:
         "The results of all batches of a loader."
-        from autotimm.tasks.base import inputs_of, name_results
         found: list[Result] = []
         for batch in tqdm(loader, disable=not progress if progress is not None else None, leave=False):
             x, rows = inputs_of(batch)
@@ -1058,7 +1058,6 @@ def input_batches(
 ) -> Iterator[Tensor]:                              # (B, C, H, W), normalised
     "Prepared batches. Raises `BadImageError` for an image that cannot be read, `ValueError` where there is none."
     if isinstance(data, torch.utils.data.DataLoader):
-        from autotimm.tasks.base import inputs_of
         batches: Iterable[Tensor] = (inputs_of(o)[0] for o in data)
     elif isinstance(data, Tensor) and data.is_floating_point(): batches = data.split(batch_size)
     else:
@@ -1084,7 +1083,6 @@ def _stack_images(part: Sequence[tuple[str, Any]], prepare: Any) -> Tensor:
 
 def _labelled_folder(folder: str | os.PathLike[str], names: Sequence[str] | None) -> tuple[list[str], list[int]]:
     "The images in folders of classes, and their classes."
-    from autotimm.data.readers import list_images
     found = sorted(o for o in Path(folder).iterdir() if o.is_dir() and not o.name.startswith("."))
     if not found: raise ValueError(f"evaluate {str(folder)!r} must hold a folder for each class; it holds none.")
     known = {str(n): i for i, n in enumerate(names or [o.name for o in found])}
@@ -1121,7 +1119,7 @@ def measure_masks(
     "Mean IoU, over the pixels that are not ignored."
     from torchmetrics.classification import MulticlassJaccardIndex
 
-    from autotimm.tasks.segmentation import check_masks
+    from autotimm.data.datamodule import check_masks
     classes, ignored, images = int(model.metadata["num_classes"]), int(model.metadata.get("ignore_index", 255)), 0
     metric = MulticlassJaccardIndex(classes)
     for batch in data:
@@ -1138,9 +1136,8 @@ def measure_objects(
     data: Iterable[Any],                            # batches as it is trained on: dicts with images, boxes and labels, for masks also masks
 ) -> tuple[float, int]:                             # 0 to 1, and the number of images
     "COCO's mean average precision, of masks where there are such."
+    from autotimm.data.datamodule import check_targets, read_targets
     from autotimm.metrics import MeanAveragePrecision
-    from autotimm.tasks.base import inputs_of
-    from autotimm.tasks.detection import check_targets, read_targets
     masks, images = model.task_name == "instance_segmentation", 0
     metric = MeanAveragePrecision(iou_type="segm" if masks else "bbox")
     for batch in data:

@@ -51,7 +51,7 @@ def _add_export(add: Callable[..., Any]) -> None:
     add("--opset", type=int, metavar="N", help="ONNX opset (default: 18)")
     add("--postprocess", action="store_true", help="NMS, resizing and softmax inside the file")
     add("--int8", choices=["dynamic", "static"], help="ONNX: also quantise the file to 8 bits; static needs --data")
-    add("--data", metavar="FOLDER", help="images to calibrate --int8 static with")
+    add("--data", metavar="FOLDER", help="--int8: images to compare before and after on, and for static to calibrate with; a classifier's folder of classes gives its accuracy")
     add("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
 
 # %% ../nbs/34_cli.ipynb #01f384fb
@@ -181,7 +181,6 @@ def do_export(args: argparse.Namespace) -> None:
     kind = getattr(args, "format", None) or {".onnx": "onnx", ".pt": "torchscript", ".ts": "torchscript", ".pt2": "program"}.get(Path(args.out).suffix)
     if kind is None: raise ValueError(f"--out {args.out}: its name ends on neither .onnx, .pt nor .pt2. Say --format onnx, torchscript or program.")
     if kind != "onnx" and (hasattr(args, "int8") or hasattr(args, "opset")): raise ValueError("--int8 and --opset are for --format onnx.")
-    if kind == "torchscript" and hasattr(args, "postprocess"): raise ValueError("--postprocess is for --format onnx or program.")
     if getattr(args, "int8", "") == "static" and not hasattr(args, "data"): raise ValueError("--int8 static looks at images: give --data FOLDER.")
     model, how = load_model(args.model), dict[str, Any]()
     if hasattr(args, "image_size"):
@@ -193,7 +192,8 @@ def do_export(args: argparse.Namespace) -> None:
     else:
         with tempfile.TemporaryDirectory() as hold:
             whole = export_to_onnx(model, Path(hold) / Path(args.out).name, **how)
-            quantize_onnx(whole, args.out, calibration=getattr(args, "data", None) if args.int8 == "static" else None)
+            data = getattr(args, "data", None)
+            quantize_onnx(whole, args.out, calibration=data if args.int8 == "static" else None, evaluate=data)
     print(args.out)
 
 # %% ../nbs/34_cli.ipynb #2b728b72

@@ -215,7 +215,11 @@ def test_export_and_predict_from_onnx(run, here, capsys):
         assert main(["predict", "photos/test/*/*", "--model", model, "--csv", file]) == 0, capsys.readouterr().err
     rows = [list(csv.DictReader(open(o))) for o in ("torch.csv", "onnx.csv")]
     assert [o["label"] for o in rows[0]] == [o["label"] for o in rows[1]]
-    assert main(["export", str(run), "--out", "net.pt"]) == 0 and Path("net.pt").is_file()
+    assert main(["export", str(run), "--out", "net.pt", "--postprocess"]) == 0
+    assert torch.jit.load("net.pt")(torch.zeros(1, 3, 32, 32)).sum().item() == pytest.approx(1)
+    for how in ("static", "dynamic"):
+        assert main(["export", str(run), "--out", f"{how}.onnx", "--int8", how, "--data", "photos/test"]) == 0, capsys.readouterr().err
+        assert "accuracy" in capsys.readouterr().out and Path(f"{how}.onnx").is_file()
     assert main(["export", str(run), "--out", "net.bin"]) == 1 and "--format" in capsys.readouterr().err
     assert main(["export", str(run), "--out", "net.pt", "--opset", "17"]) == 1
     assert main(["export", str(run), "--out", "int8.onnx", "--int8", "static"]) == 1 and "--data" in capsys.readouterr().err

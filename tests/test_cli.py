@@ -3,7 +3,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -298,15 +297,12 @@ def test_errors_are_one_line(case, here, capsys):
 
 def test_a_run_that_fails_before_its_first_step_leaves_nothing(here, capsys):
     from autotimm.testing import write_folders
-    for name, wanted in (("damaged", "--data.on_bad_image=skip"), ("alone", "nothing can be learned")):
-        folder = write_folders(name, splits=dict(train=6, val=3), image_size=32, max_objects=1)
-        if name == "damaged": next(iter((folder / "train").glob("square/*"))).write_bytes(b"no image")
-        else:
-            for path in [*folder.glob("*/square"), *folder.glob("*/triangle")]: shutil.rmtree(path)
-        for workers in "02":
-            assert main(["fit", "--data", name, "--out", "runs/failed", *SMALL, "--workers", workers]) == 1
-            said = capsys.readouterr().err.strip()
-            assert wanted in said and "Traceback" not in said and len(said.splitlines()) == 1 and not Path("runs/failed").exists(), said
+    folder = write_folders("damaged", splits=dict(train=6, val=3), image_size=32, max_objects=1)
+    next(iter((folder / "train").glob("square/*"))).write_bytes(b"no image")
+    for workers in "02":
+        assert main(["fit", "--data", "damaged", "--out", "runs/failed", *SMALL, "--workers", workers]) == 1
+        said = capsys.readouterr().err.strip()
+        assert "--data.on_bad_image=skip" in said and "Traceback" not in said and len(said.splitlines()) == 1 and not Path("runs/failed").exists(), said
 
 
 def test_files_that_are_damaged_are_named(run, here, capsys):

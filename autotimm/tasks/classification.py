@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,11 +92,11 @@ class ImageClassifier(VisionTask):
         return logits.float().sigmoid() if self.multi_label else logits.float().softmax(-1)
 
     def setup(self, stage: str) -> None:
-        "Also refuse to train where there is nothing to learn."
+        "Also say where there is nothing to learn."
         super().setup(stage)
         if stage == "fit" and self.num_classes == 1 and not self.multi_label and not isinstance(self.hparams["loss_fn"], Mapping):
-            raise ValueError(f"There is one class{f' ({self.class_names[0]!r})' if self.class_names else ''}, and the softmax of one logit is 1 whatever the image: "
-                             "nothing can be learned. Give the data a second class, or build the model with multi_label=True for a yes or no.")
+            rank_zero_warn(f"There is one class{f' ({self.class_names[0]!r})' if self.class_names else ''}, and the softmax of one logit is 1 whatever the image: nothing "
+                           "can be learned, and an accuracy of 1 says nothing. Give the data a second class, or build the model with multi_label=True for a yes or no.")
 
     def check(self, batch: Any) -> None:
         "Raise `ValueError` for a batch that is not `(images, labels)`."

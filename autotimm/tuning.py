@@ -604,13 +604,12 @@ class SizeSearch:
         largest: int | None,                                 # size not to go beyond
     ) -> None:
         self.attempt, self.budget, self.max_trials, self.largest = attempt, budget, max_trials, largest
-        self.sizes: list[int] = []
-        self.memory: list[int] = []
+        self.taken: dict[int, int] = {}              # bytes that each size took when it was tried last, in order
         self.reason = ""
 
     def expected(self, size: int) -> float:
         "Bytes that a size would take, judged by those tried."
-        tried = sorted(zip(self.sizes, self.memory))
+        tried = sorted(self.taken.items())
         if not tried: return 0.0
         if len(tried) == 1: return tried[0][1] * size / tried[0][0]
         (a, first), (b, last) = tried[0], tried[-1]
@@ -618,7 +617,7 @@ class SizeSearch:
 
     def fits(self, size: int) -> bool:
         "Whether training goes well with batches of a size; one that is expected to take too much is not tried."
-        if len(self.sizes) >= self.max_trials:
+        if len(self.taken) >= self.max_trials:
             self.reason = f"{self.max_trials} trials are over"
             return False
         if self.budget is not None and self.expected(size) > self.budget:
@@ -629,8 +628,7 @@ class SizeSearch:
             if not is_oom_error(e): raise
             self.reason = f"{size} runs out of memory"
             return False
-        self.sizes.append(size)
-        self.memory.append(memory)
+        self.taken[size] = memory
         if most is not None: self.largest = min(most, self.largest or most)
         if self.budget is not None and memory > self.budget:
             self.reason = f"{size} takes {memory / 2**20:.0f} MiB, and the limit is {self.budget / 2**20:.0f} MiB"
@@ -652,7 +650,7 @@ class SizeSearch:
             size = min(2 * good, self.largest or 2 * good)
             if self.fits(size): good = size
             else: bad = size
-        while mode == "binsearch" and bad - good > 1 and len(self.sizes) < self.max_trials:
+        while mode == "binsearch" and bad - good > 1 and len(self.taken) < self.max_trials:
             size = (good + bad) // 2
             if self.fits(size): good = size
             else: bad = size
@@ -705,9 +703,9 @@ def find_size(
     search = SizeSearch(attempt, int(o["memory_share"] * (free or 0)) if on_cpu else None, o["max_trials"] + 2 * on_cpu, o["max_val"])
     try:
         if on_cpu:                                   # two small sizes tell what a sample takes before a large one is tried
-            for size in (2, 4):
+            for size in (2, 2, 4):                   # what the first trial leaves behind (threads, freed memory) is no sample's
                 if size < min(o["init_val"], search.largest or size + 1) and not search.fits(size): break
         best = search.run(o["init_val"], o["mode"])
     finally:
         if before is not None: set_size(data, before)
-    return BatchSizeResult(best, search.sizes, search.memory, search.budget, search.reason)
+    return BatchSizeResult(best, list(search.taken), list(search.taken.values()), search.budget, search.reason)

@@ -1196,10 +1196,10 @@ def _from_recipe(spec: Mapping[str, Any]) -> _Built:
     library: Any
     if kind == "timm":
         if not timm.is_model(str(spec["architecture"])): raise ValueError(f"{spec['architecture']!r} is no architecture of timm {timm.__version__}.")
-        args = {k: tuple(v) if isinstance(v, list) else v for k, v in _building_args(spec["args"]).items()}
-        model, _ = _create_timm(spec["architecture"], args, pretrained_cfg=dict(spec["pretrained_cfg"]))
-        library = _TimmLibrary()
         recipe = {"architecture": spec["architecture"], "args": _building_args(spec["args"]), "pretrained_cfg": spec["pretrained_cfg"]}
+        args = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe["args"].items()}
+        model, _ = _create_timm(recipe["architecture"], args, pretrained_cfg=dict(recipe["pretrained_cfg"]))
+        library = _TimmLibrary()
     else:
         transformers = _transformers(f"Backbone {spec['name']!r}")
         config_class: Any = getattr(transformers, str(spec["config_class"]), None)
@@ -1377,14 +1377,12 @@ def _processor(data: Mapping[str, Any]) -> dict[str, Any]:
     side = [math.floor(o / data["crop_pct"]) for o in (height, width)]
     common = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(data["mean"]),
               "image_std": list(data["std"]), "resample": _FILTERS[data["interpolation"]], "do_convert_rgb": channels == 3}
-    if data.get("crop_mode", "center") == "center" and height == width:
-        return {"image_processor_type": "CLIPImageProcessor", **common, "size": {"shortest_edge": side[0]}, "do_center_crop": True,
-                "crop_size": {"height": height, "width": width}}
-    if data.get("crop_mode") == "squash" and side != [height, width]:
-        return {"image_processor_type": "CLIPImageProcessor", **common, "size": {"height": side[0], "width": side[1]}, "do_center_crop": True,
-                "crop_size": {"height": height, "width": width}}
+    mode, whole = data.get("crop_mode", "center"), {"height": height, "width": width}
+    if mode == "center" and height == width: size: dict[str, int] = {"shortest_edge": side[0]}
+    elif mode == "squash" and side != [height, width]: size = {"height": side[0], "width": side[1]}
     # No processor of transformers' crops oblong parts of an image that keeps its proportions, or pads: the whole image is resized to the model's size.
-    return {"image_processor_type": "ViTImageProcessor", **common, "size": {"height": height, "width": width}}
+    else: return {"image_processor_type": "ViTImageProcessor", **common, "size": whole}
+    return {"image_processor_type": "CLIPImageProcessor", **common, "size": size, "do_center_crop": True, "crop_size": whole}
 
 def _save_backbone(backbone: _Base, folder: Path) -> Path:
     "Write a backbone in its library's form."

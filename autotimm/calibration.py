@@ -145,20 +145,19 @@ def collect_logits(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(o, o.training) for o in model.modules()]
     collector = LogitCollector(model, read)
+    before, own = getattr(data, "trainer", None), getattr(model, "_trainer", None)
     with quiet(everything=True):
         trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else "cpu" if device.type == "cpu" else "auto", devices=1, logger=False,
                              enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
-    before, own = getattr(data, "trainer", None), getattr(model, "_trainer", None)
-    try:
-        with quiet(everything=True):
+        try:
             if isinstance(data, pl.LightningDataModule): trainer.validate(collector, datamodule=data, verbose=False)
             else: trainer.validate(collector, data, verbose=False)
-    finally:
-        model.to(device)
-        for o, mode in modes: o.training = mode
-        # Lightning gives its trainer to the modules in a module too.
-        if isinstance(model, pl.LightningModule): model._trainer = own
-        if isinstance(data, pl.LightningDataModule): data.trainer = before
+        finally:
+            model.to(device)
+            for o, mode in modes: o.training = mode
+            # Lightning gives its trainer to the modules in a module too.
+            if isinstance(model, pl.LightningModule): model._trainer = own
+            if isinstance(data, pl.LightningDataModule): data.trainer = before
     if not collector.kept: raise ValueError("There is no validation data to calibrate on. Give the data module some (val_split=, a val folder), or a DataLoader.")
     logits, targets = (torch.cat(o) for o in zip(*collector.kept))
     return logits, targets

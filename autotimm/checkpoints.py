@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.data import DistributedSampler
 
-from .core import to_plain
+from .core import DAMAGED, UNREACHABLE, to_plain
 
 # %% ../nbs/27_checkpoints.ipynb #e4712f7f
 def random_states() -> dict[str, Any]:        # plain values and tensors
@@ -109,8 +109,8 @@ def named_errors(
     "Errors of a block that reads a checkpoint say which file it is, and what to do."
     name = os.path.relpath(path) if os.path.exists(str(path)) else str(path)
     try: yield
-    except (FileNotFoundError, IsADirectoryError, PermissionError): raise
-    except (EOFError, RuntimeError, OSError, LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError) as e:
+    except UNREACHABLE: raise
+    except DAMAGED as e:
         if kinds := re.search(r"GLOBAL (\S+)", str(e)):
             raise pickle.UnpicklingError(
                 f"{name} holds an object of {kinds[1]}, which is not loaded with weights_only=True. If you trust the file, call again with "

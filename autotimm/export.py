@@ -37,14 +37,13 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten_with_path
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou, nms, roi_align
-from tqdm.auto import tqdm
 
 from .boxes import decode_detections, level_points, ltrb_to_xyxy, scale_boxes
-from .core import atomic_path, require, to_plain
+from .core import atomic_path, require, to_plain, uncompiled
 from .data.readers import BadImage, BadImageError, list_images
 from .data.transforms import find_data_config
 from .prediction import (MAX_PIXELS, check_prediction, detections_to_original, find_images, inputs_of, logits_to_classes,
-                                 name_results, original_size, predict_images, prepare_classification, prepare_dense,
+                                 original_size, predict_images, predict_loader, prepare_classification, prepare_dense,
                                  read_and_prepare)
 from .results import ClassificationResult, DetectionResult, Result, Results, SegmentationResult
 from .viz import Table
@@ -122,23 +121,21 @@ def exportable(
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule): raise TypeError("model is TorchScript already, which the exporters cannot follow. Export the module it was made of.")
-    wrapped = [(o, k, v) for o in model.modules() for k, v in o._modules.items() if hasattr(v, "_orig_mod")]
     device = _check_weights(model)
-    for o, k, v in wrapped: o._modules[k] = v._orig_mod  # type: ignore[union-attr, assignment]
-    modules = list(model.modules())
-    state = [(o, o.training, o._compiled_call_impl) for o in modules]
-    # Lightning's modules look for their trainer wherever TorchScript looks at their attributes, unless this is set.
-    lightning = [o for o in modules if hasattr(type(o), "_jit_is_scripting")]
-    try:
-        for o in lightning: o._jit_is_scripting = True  # type: ignore[assignment]
-        for o in modules: o.training, o._compiled_call_impl = False, None
-        # A caller's autocast would become part of the file.
-        with torch.no_grad(), torch.autocast("cpu", enabled=False): yield model.cpu()
-    finally:
-        model.to(device)
-        for o in lightning: del o._jit_is_scripting
-        for o, training, compiled in state: o.training, o._compiled_call_impl = training, compiled
-        for o, k, v in wrapped: o._modules[k] = v
+    with uncompiled(model):
+        modules = list(model.modules())
+        state = [(o, o.training, o._compiled_call_impl) for o in modules]
+        # Lightning's modules look for their trainer wherever TorchScript looks at their attributes, unless this is set.
+        lightning = [o for o in modules if hasattr(type(o), "_jit_is_scripting")]
+        try:
+            for o in lightning: o._jit_is_scripting = True  # type: ignore[assignment]
+            for o in modules: o.training, o._compiled_call_impl = False, None
+            # A caller's autocast would become part of the file.
+            with torch.no_grad(), torch.autocast("cpu", enabled=False): yield model.cpu()
+        finally:
+            model.to(device)
+            for o in lightning: del o._jit_is_scripting
+            for o, training, compiled in state: o.training, o._compiled_call_impl = training, compiled
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
@@ -1004,21 +1001,10 @@ class OnnxModel(OnnxFunction):
         if isinstance(images, Tensor) and images.is_floating_point():
             raise TypeError("predict takes images, and a float tensor is a prepared batch. Call the model with it: model(batch).")
         prepare = self.preparation()
-        if isinstance(images, torch.utils.data.DataLoader): return self._predict_loader(images, progress, top_k)
-        return predict_images(images, prepare, lambda x, rows: self.results(x, rows, top_k), channels=prepare.channels, batch_size=batch_size,
+        run = lambda x, rows: self.results(x, rows, top_k)
+        if isinstance(images, torch.utils.data.DataLoader): return predict_loader(images, run, progress=progress, class_names=self.class_names)
+        return predict_images(images, prepare, run, channels=prepare.channels, batch_size=batch_size,
                               num_workers=num_workers, on_bad_image=on_bad_image, progress=progress, class_names=self.class_names)
-
-    def _predict_loader(self, loader: torch.utils.data.DataLoader, progress: bool | None, top_k: int) -> Results:
-        "The results of all batches of a loader."
-        found: list[Result] = []
-        for batch in tqdm(loader, disable=not progress if progress is not None else None, leave=False):
-            x, rows = inputs_of(batch)
-            made = self.results(x, rows, top_k)
-            for o, row in zip(made, rows.tolist()):
-                o.class_names = self.class_names
-                if isinstance(batch, Mapping) and "letterbox" in batch: o.size = (int(row[4]), int(row[5]))
-            found += made
-        return name_results(Results(found, getattr(getattr(loader.dataset, "bad_images", None), "images", None)), loader)
 
 def load_onnx(
     path: str | os.PathLike[str],                   # the file

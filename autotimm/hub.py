@@ -21,7 +21,7 @@ import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from .backbones import (_HTTP_ERROR, Backbone, BackboneConfig, FeatureBackbone, 
                                 HubOfflineError, ModelSource, _as_found, _build_folder, _check_place, _check_weights, _fetch, _Files, _hub_error, _locate,
                                 _no_conversion, _our_block, _OUR_FILES, _processor, _quiet, _read_json, _Reference, _shards, _timm_settings, _weight_file, _within,
                                 _write_json, _write_weights)
-from .core import TRUSTED_MODULES, atomic_path, near_matches, require, to_plain
+from .core import DAMAGED, TRUSTED_MODULES, UNREACHABLE, atomic_path, near_matches, require, to_plain, uncompiled
 from .data.transforms import PIL_MODES
 from .heads import ClassificationHead
 
@@ -54,7 +54,8 @@ def find_task(
 ) -> type:                      # the class
     "The task of a name. Raises `HubCorruptError` for what is none of this library's and not in `TASKS`."
     if isinstance(name, str) and name in TASKS: return TASKS[name]
-    if name in (own := list(_library_tasks())): return _library_tasks()[name]
+    own = _library_tasks()
+    if isinstance(name, str) and name in own: return own[name]
     close = near_matches(str(name), [*TASKS, *own])
     raise HubCorruptError(f"There is no task {name!r}" + (f"; the nearest are {', '.join(close)}." if close else ".") +
                           " For a class of your own: load_pretrained(folder, cls=YourTask), or put it into autotimm.hub.TASKS.")
@@ -177,8 +178,7 @@ def _write_native(model: Any, folder: Path, late: bool = False) -> Callable[[], 
     transformers = require("transformers", why="Saving a classifier on a transformers backbone")
     build, config = _native_class(transformers, model.backbone.model.config)
     names = _names(model)
-    config.id2label, config.label2id, config.problem_type = dict(enumerate(names)), {o: i for i, o in reversed(list(enumerate(names)))}, None
-    for key, value in _problem(model).items(): setattr(config, key, value)
+    config.id2label, config.label2id, config.problem_type = dict(enumerate(names)), {o: i for i, o in reversed(list(enumerate(names)))}, _problem(model).get("problem_type")
     with torch.random.fork_rng(devices=[]): native = build(config)
     base, last = _native_parts(native, model.backbone.model)
     native.get_submodule(base).load_state_dict(model.backbone.model.state_dict(), strict=False)
@@ -423,15 +423,6 @@ def _write_model(model: Any, folder: Path) -> tuple[str, str]:
     return "autotimm", note
 
 # %% ../nbs/18_hub.ipynb #70ee189d
-@contextlib.contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    "Parts that `torch.compile` has wrapped stand in the model as themselves for a while, so that their weights have their names."
-    wrapped = [(o, k, part) for o in model.modules() for k, part in o.named_children() if hasattr(part, "_orig_mod")]
-    for parent, name, part in wrapped: setattr(parent, name, part._orig_mod)
-    try: yield
-    finally:
-        for parent, name, part in wrapped: setattr(parent, name, part)
-
 def save_pretrained(
     model: Any,                                     # a task
     folder: str | os.PathLike[str],                 # new, empty, or one that was saved before
@@ -454,7 +445,7 @@ def save_pretrained(
     if place.exists() and os.path.samefile(place, "."):
         raise FileExistsError(f"{os.fspath(folder)!r} is the folder that this process works in, and a model folder is replaced as a whole. Give one inside it.")
     _check_place(place)
-    with atomic_path(place) as hold, _uncompiled(model):
+    with atomic_path(place) as hold, uncompiled(model):
         hold.mkdir()
         kind, note = _write_model(model, hold)
         text = _make_card(model, kind, note, metrics=metrics, data=data, training=training, license=license, card=card, tags=tags, repo_id=repo_id,
@@ -682,9 +673,9 @@ def convert_checkpoint(
     "A folder of the model in a checkpoint. Raises `ValueError` for a file that is none."
     name = Path(checkpoint).name
     try: found = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError): raise
-    # A damaged archive ends in any of these, and torch's own words advise to load what is in it at any risk.
-    except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, OSError, TypeError, AttributeError) as e:
+    except UNREACHABLE: raise
+    # Torch's own words advise to load what is in it at any risk.
+    except DAMAGED as e:
         raise ValueError(f"{name!r} cannot be read as a checkpoint: it is cut off, no checkpoint, or holds more than tensors and plain values.") from e
     if not isinstance(found, Mapping) or not isinstance(found.get("state_dict"), Mapping):
         raise ValueError(f"{name!r} is no checkpoint of Lightning's: it holds no state_dict.")

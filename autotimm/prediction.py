@@ -6,7 +6,8 @@
 __all__ = ['MAX_DOWNLOAD', 'Prepare', 'MAX_PIXELS', 'fetch_image', 'url_name', 'find_images', 'PrepareImage', 'PrepareDense',
            'PrepareNative', 'PrepareCrops', 'original_size', 'prepare_classification', 'prepare_dense',
            'logits_to_original', 'logits_to_classes', 'detections_to_original', 'flip_detections', 'merge_detections',
-           'read_and_prepare', 'default_threads', 'check_prediction', 'predict_images', 'inputs_of', 'name_results']
+           'read_and_prepare', 'default_threads', 'check_prediction', 'predict_images', 'inputs_of', 'name_results',
+           'predict_loader']
 
 # %% ../nbs/16_prediction.ipynb #b9136ade
 import glob
@@ -370,3 +371,21 @@ def name_results(
     for o, sample in zip(results, read):
         if isinstance(sample, Sample): o.name, o.image = sample.name, sample.image
     return results
+
+def predict_loader(
+    loader: Any,                                        # a DataLoader
+    run: Callable[[Tensor, Tensor], Sequence[Result]],  # inputs (B, C, h, w) and rows (B, 6) -> a result an image
+    *,
+    progress: bool | None = None,                       # a bar; None: on a terminal
+    class_names: Sequence[str] | None = None,           # names by class id
+) -> Results:                                           # of all batches
+    "Results of what a DataLoader gives."
+    found: list[Result] = []
+    for batch in tqdm(loader, disable=not progress if progress is not None else None, leave=False):
+        x, rows = inputs_of(batch)
+        made = run(x, rows)
+        for o, row in zip(made, rows.tolist()):
+            o.class_names = class_names
+            if isinstance(batch, Mapping) and "letterbox" in batch: o.size = (int(row[4]), int(row[5]))
+        found += made
+    return name_results(Results(found, getattr(getattr(loader.dataset, "bad_images", None), "images", None)), loader)

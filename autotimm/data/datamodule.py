@@ -864,14 +864,18 @@ def check_batch(batch: Any, num_classes: int, multi_label: bool, channels: int |
         way_out = "ids count from 0, so none may be negative" if y.min() < 0 else f"build the model with num_classes={int(y.max()) + 1} or more"
         raise ValueError(f"Labels must lie in 0..{num_classes - 1}, got {int(y.min())}..{int(y.max())}: {way_out}.")
 
+def _check_images(x: Any, channels: int | None) -> None:
+    "Raise `ValueError` for what are no prepared images with so many channels; None: any number."
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or (channels is not None and x.shape[1] != channels):
+        raise ValueError(f"Images must be float (B, {channels or 'C'}, H, W), got {getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}.")
+
 def check_masks(batch: Any, num_classes: int, ignore_index: int, channels: int | None = None) -> tuple[Tensor, Tensor]:
     "Images and masks of a batch. Raises `ValueError` where it is not what a segmentor needs."
     if isinstance(batch, Mapping) and {"image", "mask"} <= set(batch): x, mask = batch["image"], batch["mask"]
     elif isinstance(batch, (tuple, list)) and len(batch) == 2: x, mask = batch
     else: raise ValueError(f"A batch must be a dict with 'image' and 'mask', or a pair of them, got {type(batch).__name__}"
                            f"{' with ' + ', '.join(map(repr, batch)) if isinstance(batch, Mapping) else ''}.")
-    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or (channels is not None and x.shape[1] != channels):
-        raise ValueError(f"Images must be float (B, {channels or 'C'}, H, W), got {getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}.")
+    _check_images(x, channels)
     if not isinstance(mask, Tensor) or mask.shape != (x.shape[0], *x.shape[2:]) or mask.is_floating_point():
         raise ValueError(f"Masks must be class ids {(x.shape[0], *x.shape[2:])} int64, got {getattr(mask, 'dtype', type(mask).__name__)} "
                          f"{tuple(getattr(mask, 'shape', ()))}.")
@@ -904,8 +908,7 @@ def check_targets(
         raise ValueError(f"A batch must be a dict with 'images', {', '.join(map(repr, needs))}, got {type(batch).__name__}"
                          f"{' with ' + ', '.join(map(repr, batch)) if isinstance(batch, Mapping) else ''}.")
     x = batch["images"] if "images" in batch else batch["image"]
-    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or x.shape[1] != channels:
-        raise ValueError(f"Images must be float (B, {channels}, H, W), got {getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}.")
+    _check_images(x, channels)
     for name in (*needs, *({"iscrowd"} & set(batch))):
         if not isinstance(batch[name], Sequence | Tensor) or not all(isinstance(o, Tensor) for o in batch[name]):
             raise ValueError(f"{name!r} must be a list with a tensor for each image, got {type(batch[name]).__name__}: {batch[name]!r:.80}.")

@@ -28,7 +28,6 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..backbones import FeatureBackbone, create_backbone, create_feature_backbone
 from ..calibration import Calibration, calibrate_logits, collect_logits
@@ -41,8 +40,7 @@ from ..heads import Pyramid
 from ..hub import TASKS, load_pretrained, push_to_hub, save_pretrained
 from ..metrics import LoggingConfig, MetricConfig, MetricManager, confusion_matrix
 from ..optim import create_optimizer, create_scheduler, parameter_groups, step_scheduler
-from ..prediction import PrepareDense, inputs_of, name_results, predict_images, prepare_dense
-from ..results import Results
+from ..prediction import PrepareDense, predict_images, predict_loader, prepare_dense
 from ..viz import plot_confusion_matrix
 
 # %% ../../nbs/20_tasks_base.ipynb #2b2e624d
@@ -455,9 +453,10 @@ class PredictingModule(TrainableModule):
                 return self.predict_tensor(as_batch(images).to(device or own.device, own.dtype), **how)
         prepare, run = self.plan_prediction(**how)
         where = torch.device(device) if device is not None else best_device(self)
+        here = lambda x, rows: self._run(run, x, rows, where)
         with predicting(self, where, precision):
-            if isinstance(images, DataLoader): return self._predict_loader(images, run, where, progress)
-            return predict_images(images, prepare, lambda x, rows: self._run(run, x, rows, where), channels=prepare.channels,
+            if isinstance(images, DataLoader): return predict_loader(images, here, progress=progress, class_names=self.class_names)
+            return predict_images(images, prepare, here, channels=prepare.channels,
                                   batch_size=getattr(prepare, "batch_size", batch_size), num_workers=num_workers, on_bad_image=on_bad_image,
                                   progress=progress, ahead=0 if where.type == "cpu" else 2, class_names=self.class_names)
 
@@ -465,18 +464,6 @@ class PredictingModule(TrainableModule):
         "The results of a batch."
         dtype = next((p.dtype for p in self.parameters()), x.dtype)
         return run(x.to(device, dtype, non_blocking=True), rows.to(device))
-
-    def _predict_loader(self, loader: DataLoader, run: Any, device: torch.device, progress: bool | None) -> Results:
-        "The results of all batches of a loader."
-        found: list[Any] = []
-        for batch in tqdm(loader, disable=not progress if progress is not None else None, leave=False):
-            x, rows = inputs_of(batch)
-            of_batch = self._run(run, x, rows, device)
-            if isinstance(batch, Mapping) and "letterbox" in batch:
-                for o, row in zip(of_batch, rows.tolist()): o.size = (int(row[4]), int(row[5]))
-            found += of_batch
-        for o in found: o.class_names = self.class_names
-        return name_results(Results(found, getattr(getattr(loader.dataset, "bad_images", None), "images", None)), loader)
 
     def logits_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
         "Logits (N, C) of a labelled batch, and what is true; a task whose classes can be calibrated supplies it."

@@ -1,7 +1,11 @@
 """What several test modules share: the tiny repositories, a tiny folder of images, the routes."""
+import os
 import sys
 
 import pytest
+
+# Processes that share the machine share its processors; what they start inherits this.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)): os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 pytest.register_assert_rewrite("hf_routes")
 

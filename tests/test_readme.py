@@ -20,7 +20,7 @@ def test_it_shows_the_notebook(): assert README == render(ROOT / "nbs" / "index.
 
 def test_the_two_commands_stand_there():
     assert 'pip install ".[demo]" && autotimm demo' in README
-    assert 'pip install -e ".[dev]" && nbdev-test && pytest' in README
+    assert 'pip install -e ".[dev]" && nbdev-test && pytest -n 2 --dist loadfile' in README
 
 
 def test_pictures_stand_in_the_repository():

@@ -605,13 +605,15 @@ class SizeSearch:
     ) -> None:
         self.attempt, self.budget, self.max_trials, self.largest = attempt, budget, max_trials, largest
         self.taken: dict[int, int] = {}              # bytes that each size took when it was tried last, in order
+        self.first = 0                               # bytes that the first trial took
         self.reason = ""
 
     def expected(self, size: int) -> float:
         "Bytes that a size would take, judged by those tried."
         tried = sorted(self.taken.items())
         if not tried: return 0.0
-        if len(tried) == 1: return tried[0][1] * size / tried[0][0]
+        # What a second trial of one size takes beyond the first was left behind, and is there for every size.
+        if len(tried) == 1: return tried[0][1] + self.first * (size / tried[0][0] - 1)
         (a, first), (b, last) = tried[0], tried[-1]
         return max(last + (size - b) * max(0.0, (last - first) / (b - a)), 0.0)
 
@@ -628,6 +630,7 @@ class SizeSearch:
             if not is_oom_error(e): raise
             self.reason = f"{size} runs out of memory"
             return False
+        if not self.taken: self.first = memory
         self.taken[size] = memory
         if most is not None: self.largest = min(most, self.largest or most)
         if self.budget is not None and memory > self.budget:
@@ -700,11 +703,12 @@ def find_size(
         raise RuntimeError("The batch size cannot be searched: the free memory of this machine is not known, and a batch that is too large "
                            "would end the process. `pip install psutil`, or set auto_batch_size=False.")
     attempt = _measured_attempt(trainer, model, data, o["steps_per_trial"], start or 0)
-    search = SizeSearch(attempt, int(o["memory_share"] * (free or 0)) if on_cpu else None, o["max_trials"] + 2 * on_cpu, o["max_val"])
+    # On a CPU small sizes tell what a sample takes before a large one is tried; no size is more than twice one that went well.
+    small = [2**i for i in range(1, o["init_val"].bit_length()) if 2**i < o["init_val"]] if on_cpu else []
+    search = SizeSearch(attempt, int(o["memory_share"] * (free or 0)) if on_cpu else None, o["max_trials"] + len(small), o["max_val"])
     try:
-        if on_cpu:                                   # two small sizes tell what a sample takes before a large one is tried
-            for size in (2, 2, 4):                   # what the first trial leaves behind (threads, freed memory) is no sample's
-                if size < min(o["init_val"], search.largest or size + 1) and not search.fits(size): break
+        for size in [*small[:1], *small]:            # the first twice: what its first trial leaves behind (threads, freed memory) is no sample's
+            if size < min(o["init_val"], search.largest or size + 1) and not search.fits(size): break
         best = search.run(o["init_val"], o["mode"])
     finally:
         if before is not None: set_size(data, before)

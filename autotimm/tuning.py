@@ -704,11 +704,11 @@ def find_size(
                            "would end the process. `pip install psutil`, or set auto_batch_size=False.")
     attempt = _measured_attempt(trainer, model, data, o["steps_per_trial"], start or 0)
     # On a CPU small sizes tell what a sample takes before a large one is tried; no size is more than twice one that went well.
-    small = [2**i for i in range(1, o["init_val"].bit_length()) if 2**i < o["init_val"]] if on_cpu else []
+    small = [2**i for i in range(1, (o["init_val"] - 1).bit_length())] if on_cpu else []
     search = SizeSearch(attempt, int(o["memory_share"] * (free or 0)) if on_cpu else None, o["max_trials"] + len(small), o["max_val"])
     try:
         for size in [*small[:1], *small]:            # the first twice: what its first trial leaves behind (threads, freed memory) is no sample's
-            if size < min(o["init_val"], search.largest or size + 1) and not search.fits(size): break
+            if size < (search.largest or size + 1) and not search.fits(size): break
         best = search.run(o["init_val"], o["mode"])
     finally:
         if before is not None: set_size(data, before)

@@ -17,7 +17,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import threading
 import warnings
@@ -35,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import atomic_path, near_matches, not_found, require, to_plain
+from .core import DAMAGED, atomic_path, near_matches, not_found, require, to_plain
 
 # %% ../nbs/02_backbones.ipynb #10914920
 class ModelSource(StrEnum):
@@ -896,7 +895,7 @@ def _build_timm_name(ref: _Reference, cfg: _Config) -> _Built:
 def _read_pickle(path: Path, where: str) -> Any:
     "Tensors from a pickle that holds nothing else. Raises `HubCorruptError` if it holds more or is broken."
     try: return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
+    except DAMAGED as e:
         raise HubCorruptError(f"The weights of {where} ({path.name}) are broken, or hold more than tensors, and such a "
                               "pickle is not loaded. Ask for safetensors weights.") from e
 

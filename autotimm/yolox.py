@@ -10,7 +10,6 @@ __all__ = ['YOLOX_MODELS', 'CSPDarknet', 'PAFPN', 'YOLOXHead', 'YOLOXVariant', '
 # %% ../nbs/06_yolox.ipynb #f0a118e3
 import math
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import lookup
+from .core import DAMAGED, lookup
 
 # %% ../nbs/06_yolox.ipynb #ed08574e
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
@@ -387,7 +386,7 @@ def _read_official(
     name = Path(path).name
     with open(path, "rb") as file:
         try: content = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as e:
+        except DAMAGED as e:
             kinds = re.findall(r"GLOBAL ([\w.]+)", str(e))
             reason = f"it holds an object of {kinds[0]}" if kinds else f"it is broken or of another kind ({type(e).__name__})"
             raise ValueError(f"{name!r} does not load with weights_only=True: {reason}. An official YOLOX checkpoint is a file of "

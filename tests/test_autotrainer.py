@@ -217,7 +217,7 @@ def test_a_broken_checkpoint_is_named(make, content):
     for tuner in (None, TunerConfig()):
         with pytest.raises(RuntimeError, match=r"last.ckpt is cut off, or no checkpoint"):
             make(max_epochs=3, tuner_config=tuner).fit(Full(), train, val, ckpt_path="last")
-    with pytest.raises(RuntimeError, match=r"best-epoch.*is cut off, or no checkpoint"): trainer.test(model, val)
+    with pytest.raises(RuntimeError, match=r"best-epoch.*is cut off, or no checkpoint"): trainer.test(model, val, ckpt_path="best")
 
 
 class Settings: "Something that weights_only=True does not load."
@@ -232,8 +232,8 @@ class WithSettings(Full):
 def test_hyperparameters_that_are_not_plain_are_named(make):
     trainer, model, (train, val) = make(), WithSettings(Settings()), loaders()
     trainer.fit(model, train, val)
-    with pytest.raises(Exception, match="holds an object of .*Settings.*weights_only=False"): trainer.test(model, val)
-    assert trainer.test(model, val, verbose=False, weights_only=False)
+    with pytest.raises(Exception, match="holds an object of .*Settings.*weights_only=False"): trainer.test(dataloaders=val)
+    assert trainer.test(dataloaders=val, verbose=False, weights_only=False)
 
 
 def test_a_missing_file_or_folder_is_named_and_forgets_nothing(make, tmp_path):
@@ -411,20 +411,22 @@ def test_the_best_is_that_of_this_run(make, tmp_path):
     trainer.fit(model, train, val)
     assert trainer.best_model_path.startswith(str(tmp_path / "checkpoints" / "version_1" / "best-epoch=00"))
     patience = trainer.checkpoint_callback.best_model_path
-    loss = trainer.test(model, val, verbose=False)[0]["test/loss"]
+    as_it_is = trainer.test(model, val, verbose=False)[0]["test/loss"]
+    loss = trainer.test(dataloaders=val, verbose=False)[0]["test/loss"]
     assert loss == pytest.approx(trainer.history[0]["val/loss"], rel=1e-4)
+    assert trainer.test(model, val, ckpt_path="best", verbose=False)[0]["test/loss"] == loss
     assert trainer.checkpoint_callback.best_model_path == patience
     last = trainer.test(model, val, ckpt_path="last", verbose=False)[0]["test/loss"]
-    assert last > 10 * loss
+    assert last == as_it_is > 10 * loss
 
 
 def test_test_without_a_run_takes_the_weights_as_they_are(make):
     trainer, (train, val) = make(), loaders()
-    with pytest.warns(UserWarning, match="has kept no checkpoint"): trainer.test(Full(), val, verbose=False)
+    with pytest.warns(UserWarning, match="has kept no checkpoint"): trainer.test(Full(), val, ckpt_path="best", verbose=False)
     trainer.fit(Full(), train, val)
     other = Full()
     weights = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.warns(UserWarning, match="that of another model"): trainer.test(other, datamodule=None, dataloaders=val, verbose=False)
+    with pytest.warns(UserWarning, match="that of another model"): trainer.test(other, datamodule=None, dataloaders=val, ckpt_path="best", verbose=False)
     assert all(torch.equal(v, weights[k]) for k, v in other.state_dict().items())
 
 

@@ -26,10 +26,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, WeightedRandomSampler, default_collate, get_worker_info
+from torch.utils.data import (DataLoader, RandomSampler, Sampler, SequentialSampler, WeightedRandomSampler, default_collate,
+                              get_worker_info)
 
 from ..core import inherit_signature, lookup
 from .annotations import BOX_FORMATS, Annotations, BoxDataset, SampleMixing, coco_reader, find_boxes, read_box_splits, read_csv_boxes
+from .loading import EpochSampler, ResumableLoader, seed_of_random_state
 from .readers import (BUILTIN_DATASETS, BUILTIN_FOLDERS, ON_BAD_IMAGE, BadImage, BadImageError, BadImageLog,
                                    CITYSCAPES_IDS, MASK_FORMATS, MaskCodes, MaskDataset, SampleDataset, Sample, Splits, builtin_dataset, encode_labels, find_builtin,
                                    find_split_folders, load_hf_dataset, load_mask, read_builtin, read_csv_split, read_folders,
@@ -85,13 +87,15 @@ def collate_samples(
     batch = join(good) if good else None
     return batch if len(good) == len(items) else _Collated(batch, [o for o in items if isinstance(o, BadImage)])
 
-class ImageLoader(DataLoader):
-    "A `DataLoader` that names and counts images that could not be read."
+class ImageLoader(ResumableLoader):
+    "A `ResumableLoader` that names and counts images that could not be read."
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Any: return self._good(super().__iter__())
+
+    def _begin(self) -> Iterator[Any]:
         dataset: Any = self.dataset
         dataset.before_epoch()
-        return self._good(super().__iter__())
+        return super()._begin()
 
     def _good(self, batches: Iterator[Any]) -> Iterator[Any]:
         "Batches without the records."
@@ -160,10 +164,10 @@ class VisionDataModule(pl.LightningDataModule):
         transform_config: TransformConfig | None = None,               # what is stated; None: all is the model's
         backbone: str | nn.Module | None = None,                       # whose preprocessing to use; None: the model's
         pin_memory: bool = True,                                       # where there is a GPU
-        persistent_workers: bool = False,                              # keep the processes between epochs
+        persistent_workers: bool | None = None,                        # keep the processes between epochs; None: wherever there are any
         prefetch_factor: int | None = None,                            # batches a process is ahead
         balanced_sampling: bool = False,                               # each class as often as the others
-        seed: int = 0,                                                 # of the split
+        seed: int = 0,                                                 # of the split, and of the sizes of `multi_scale`
         on_bad_image: str = "raise",                                   # 'raise', 'skip' or 'report'
     ) -> None:
         super().__init__()
@@ -181,6 +185,7 @@ class VisionDataModule(pl.LightningDataModule):
         self._splits: Splits | None = None
         self._logs: dict[str, BadImageLog] = {}
         self._said: set[str] = set()
+        self._order_seed: int | None = None
 
     def read_splits(self) -> Splits:
         "The samples with ids as targets, and the class names; val is split off where it is None."
@@ -225,6 +230,7 @@ class VisionDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         "Make the data sets of all splits, with the preprocessing of the model at hand."
         self.data_config = self._resolve_data_config()
+        if stage == "fit": self._order_seed = None
         config, made = self.transform_config, {}
         for split, samples in self.splits.items():
             transform = self.train_transforms if split == "train" else self.eval_transforms
@@ -285,11 +291,36 @@ class VisionDataModule(pl.LightningDataModule):
         if not isinstance(self.batch_size, int):
             raise RuntimeError(f"batch_size={self.batch_size!r} is not known yet: train with AutoTrainer, which finds it, or set batch_size to an int.")
         train = dataset.split == "train"
-        sampler = self._balanced_sampler(dataset) if train and self.balanced_sampling else None
-        workers = dict(persistent_workers=self.persistent_workers, prefetch_factor=self.prefetch_factor) if self.num_workers else {}
-        return ImageLoader(dataset, batch_size=self.batch_size, shuffle=train and sampler is None, sampler=sampler,
+        workers = dict(persistent_workers=self.persistent_workers is not False, prefetch_factor=self.prefetch_factor) if self.num_workers else {}
+        processes, rank = getattr(self.trainer, "world_size", 1), getattr(self.trainer, "global_rank", 0)
+        sampler = EpochSampler(self._source(dataset), self.order_seed if train else self.seed, rank, processes, fill=train)
+        return ImageLoader(dataset, batch_size=self.batch_size, sampler=sampler,
                            num_workers=self.num_workers, collate_fn=partial(collate_samples, join=self.collate), drop_last=train and self._leaves_one(len(dataset)),
                            pin_memory=self.pin_memory and torch.cuda.is_available(), **workers)  # type: ignore[arg-type]
+
+    def _source(self, dataset: SampleDataset) -> Sampler:
+        "What gives the order of a split."
+        if dataset.split != "train": return SequentialSampler(dataset)
+        if self.balanced_sampling: return self._balanced_sampler(dataset)
+        return RandomSampler(dataset) if len(dataset) else SequentialSampler(dataset)
+
+    @property
+    def order_seed(self) -> int:
+        "What the order of the training data and its augmentation follow from: the model's seed, else torch's random numbers."
+        if self._order_seed is None:
+            model = getattr(self.trainer, "lightning_module", None)
+            stated = getattr(model, "seed", None)
+            seed = stated if isinstance(stated, int) else seed_of_random_state()
+            self._order_seed = self.trainer.strategy.broadcast(seed) if getattr(self.trainer, "world_size", 1) > 1 else seed  # type: ignore[union-attr]
+        return self._order_seed
+
+    def state_dict(self) -> dict[str, Any]:
+        "What a checkpoint keeps: the seed of the order."
+        return {} if self._order_seed is None else {"order_seed": self._order_seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        "Go on with the order of a checkpoint."
+        self._order_seed = state_dict.get("order_seed", self._order_seed)
 
     def _leaves_one(self, n: int) -> bool:
         "Whether the last training batch would hold one image, which batch normalisation cannot take."

@@ -327,11 +327,12 @@ class RunState(Callback):
         "Put back what the checkpoint holds."
         assert self.pending is not None
         kept, self.pending = self.pending, None
-        show_metrics(trainer, kept["metrics"])
-        trainer.history.extend(dict(o) for o in kept["history"])
+        processes, batches = kept["processes"], trainer.fit_loop.epoch_loop.batch_progress.current
+        own = processes[trainer.global_rank] if len(processes) == trainer.world_size else {}
+        show_metrics(trainer, own.get("shown", kept["metrics"]))
+        trainer.history.extend(dict(o) for o in own.get("history", kept["history"]))
         self.history.val_names = set(kept["val_names"])
         self.history.val_fresh = bool(kept.get("val_fresh"))
-        processes, batches = kept["processes"], trainer.fit_loop.epoch_loop.batch_progress.current
         if len(processes) != trainer.world_size:
             rank_zero_warn(f"The checkpoint was written by {len(processes)} processes and is resumed by {trainer.world_size}: the order "
                            "of the data and random numbers will differ from those of an unbroken run.")
@@ -476,9 +477,9 @@ class RunState(Callback):
         metrics = {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()}
         history = [dict(o) for o in trainer.history]
         if self.history.over is not None: history.append(self.history.row(trainer))
+        mine = process_state(trainer, self.before if self.phase == "batch" else None)
         checkpoint["autotimm"] = {
-            "place": place, "processes": _gathered(process_state(trainer, self.before if self.phase == "batch" else None)),
-            "metrics": metrics, "history": history, "val_names": sorted(self.history.val_names),
+            "place": place, "processes": _gathered({**mine, "history": history, "shown": metrics}), "metrics": metrics, "history": history, "val_names": sorted(self.history.val_names),
             "val_fresh": self.history.val_fresh and self.history.over is None, "finished": self.finished,
             "tuned": trainer.tuned_values, "loggers": trainer.logger_identities()}
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'C', 'TRUSTED_MODULES', 'UNREACHABLE', 'DAMAGED', 'near_matches', 'not_found', 'lookup', 'MissingExtraError',
            'has_module', 'require', 'lazy_names', 'inherit_signature', 'UntrustedImportError', 'import_object',
-           'object_path', 'to_plain', 'swap_paths', 'atomic_path', 'seed_everything', 'count_parameters', 'uncompiled',
-           'in_notebook', 'quiet', 'is_rank_zero', 'say', 'show']
+           'object_path', 'to_plain', 'swap_paths', 'atomic_path', 'check_seed', 'seed_everything', 'count_parameters',
+           'seeded', 'deterministic_algorithms', 'uncompiled', 'in_notebook', 'quiet', 'is_rank_zero', 'say', 'show']
 
 # %% ../nbs/00_core.ipynb #5a0f5754
 import contextlib
@@ -201,20 +201,35 @@ UNREACHABLE = (FileNotFoundError, IsADirectoryError, PermissionError)
 DAMAGED = (EOFError, RuntimeError, OSError, LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError)
 
 # %% ../nbs/00_core.ipynb #4daca803
+def check_seed(
+    seed: object,                   # what was given
+) -> None:
+    "Raise `ValueError` for what is no seed of Python, NumPy and torch alike."
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an int from 0 to 4294967295, got {seed!r}.")
+
+def _make_deterministic() -> None:
+    "Only deterministic algorithms from here on; a user's choice of warnings in place of errors stays."
+    import torch
+    torch.use_deterministic_algorithms(True, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    # Without it cuBLAS gives no reproducible sums, and torch refuses to multiply matrices.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 def seed_everything(
     seed: int = 42,                 # 0 to 2**32 - 1
     deterministic: bool = False,    # only deterministic algorithms; slower
 ) -> int:                           # the seed
-    "Seed Python, NumPy, torch (CUDA too) and data workers."
+    "Seed Python, NumPy, torch (CUDA too) and data workers for the rest of the process."
     import pytorch_lightning as pl
     import torch
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an int from 0 to 4294967295, got {seed!r}.")
+    check_seed(seed)
     os.environ["PYTHONHASHSEED"] = str(seed)
     pl.seed_everything(seed, workers=True, verbose=False)
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic: _make_deterministic()
+    else:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
     return seed
 
 def count_parameters(
@@ -223,6 +238,54 @@ def count_parameters(
 ) -> int:                           # number of scalars
     "Number of parameters of a module; one shared by two layers counts once."
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+# %% ../nbs/00_core.ipynb #8e2b41d7
+@contextlib.contextmanager
+def seeded(
+    seed: int | None,               # 0 to 2**32 - 1; None: nothing is seeded and nothing put back
+) -> Iterator[None]:
+    "Python, NumPy and torch seeded while a block runs; afterwards their random states are as they were."
+    import random
+
+    import numpy as np
+    import torch
+    if seed is None:
+        yield
+        return
+    check_seed(seed)
+    # To look at a CUDA that nobody has used yet would start it.
+    used = torch.cuda.is_initialized() or torch.get_default_device().type == "cuda"
+    cuda = list(range(torch.cuda.device_count())) if used else []
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if cuda: torch.cuda.manual_seed_all(seed)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+@contextlib.contextmanager
+def deterministic_algorithms(
+    on: bool = True,                # False: nothing is changed
+) -> Iterator[None]:
+    "Only deterministic algorithms of torch, cuDNN and cuBLAS while a block runs; afterwards the switches are as they were."
+    import torch
+    if not on:
+        yield
+        return
+    cudnn, name = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches, workspace = (cudnn.deterministic, cudnn.benchmark), os.environ.get(name)
+    _make_deterministic()
+    try: yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = switches
+        if workspace is None: os.environ.pop(name, None)
 
 # %% ../nbs/00_core.ipynb #f11aa0b0
 @contextlib.contextmanager

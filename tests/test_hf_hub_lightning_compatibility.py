@@ -174,7 +174,10 @@ def test_moving_average_of_the_weights(tmp_path, by_argument):
     callbacks = [Follow()] if by_argument else [Follow(), EMAWeightAveraging(decay=decay)]
     trainer(tmp_path, *callbacks, max_epochs=1).fit(model, *loaders())
     average = run[0]
-    for o in run[1:]: average = decay * average + (1 - decay) * o
+    for t, o in enumerate(run[1:], 1):
+        # That of `ema_decay` warms up.
+        d = min(decay, (1 + t) / (10 + t)) if by_argument else decay
+        average = d * average + (1 - d) * o
     head = next(v for k, v in model.head.state_dict().items() if k.endswith("weight"))
     torch.testing.assert_close(head, average, rtol=1e-4, atol=1e-6)
     assert not torch.equal(head, run[-1])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autotimm import BackboneConfig, FeatureBackboneConfig, ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, YOLOXDetector
+from autotimm import AutoTrainer, BackboneConfig, FeatureBackboneConfig, ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, YOLOXDetector
 
 QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
 PLAIN, MAPS = BackboneConfig("test_resnet", pretrained=False), FeatureBackboneConfig("test_resnet", pretrained=False)
@@ -212,3 +212,63 @@ def test_an_average_goes_on_after_a_resume_from_lightnings_own(tmp_path, kind):
     for part in ("state_dict", "current_model_state"):
         assert all(torch.equal(v, held[part][k]) for k, v in seen[part].items()), part
     assert int(seen["averaging_state"]["n_averaged"]) == 2 and seen["state"] == {"latest_update_step": 2}
+
+
+# Half precision: targets are those of float32.
+
+class Keep(pl.Callback):
+    "The coordinates of the batches of each stage."
+    def __init__(self): self.found: dict[str, list] = {}
+    def keep(self, stage: str, batch) -> None:
+        if isinstance(batch, dict): self.found.setdefault(stage, []).append({k: batch[k] for k in ("boxes", "area", "letterbox") if k in batch})
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx): self.keep("fit", batch)
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0): self.keep("validate", batch)
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0): self.keep("test", batch)
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0): self.keep("predict", batch)
+
+
+def targets_at(kind: str, precision: str, trainer_of=pl.Trainer) -> dict:
+    "Coordinates of the batches, what places have to predict, and the objects that metrics see."
+    model, keep = build(kind), Keep()
+    found: dict[str, list] = {}
+    data = [sample(kind, i) for i in range(4)]
+    if kind == "segmentor": data = [o | {"letterbox": torch.tensor([0.1237, 0.1237, 0.0, 0.0, 517.0, 509.0])} for o in data]
+    batches = lambda: DataLoader(data, 2, collate_fn=join if kind != "segmentor" else None)
+    if kind != "segmentor":
+        assign, objects = model.predictor.assign, model.objects
+        def assigned(*args):
+            out = assign(*args)
+            # SimOTA looks at predictions, FCOS at points and boxes alone.
+            found.setdefault("assigned", []).append(args[1] if kind in ("yolox", "darknet") else [out.boxes_xyxy, out.centerness, out.labels])
+            return out
+        model.predictor.assign = assigned
+        model.objects = lambda *args: found.setdefault("objects", []).append(o := objects(*args)) or o
+    trainer = trainer_of(max_epochs=1, precision=precision, callbacks=[keep], num_sanity_val_steps=0, **QUIET)
+    trainer.fit(model, batches(), batches())
+    trainer.test(model, batches(), verbose=False)
+    trainer.predict(model, batches())
+    assert "convert_input" not in vars(trainer.precision_plugin)
+    return found | keep.found
+
+
+@pytest.mark.parametrize("kind", ["fcos", "yolox", "darknet", "masks", "segmentor"])
+def test_coordinates_stay_exact_in_half_precision(kind):
+    torch.testing.assert_close(targets_at(kind, "bf16-true"), targets_at(kind, "32-true"), rtol=0, atol=1e-6)
+
+
+def test_coordinates_stay_exact_under_the_other_trainer():
+    torch.testing.assert_close(targets_at("fcos", "bf16-true", AutoTrainer), targets_at("fcos", "32-true"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("kind", ["classifier", "multilabel"])
+def test_mixed_targets_stay_exact_in_half_precision(kind, precision):
+    def targets(precision: str) -> list:
+        model, seen = build(kind, mixup_alpha=0.4, cutmix_alpha=1.0), []
+        model.loss_fn.register_forward_pre_hook(lambda module, args: seen.append(args[1].clone()))
+        pl.seed_everything(0, verbose=False)
+        pl.Trainer(max_epochs=1, precision=precision, **QUIET).fit(model, loader(kind))
+        return seen
+    found, exact = targets(precision), targets("32-true")
+    assert {o.dtype for o in found} == {torch.float32} and any(((o > 0) & (o < 1)).any() for o in exact)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)

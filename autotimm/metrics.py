@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'DETECTION_TASKS', 'MetricConfig', 'default_metrics', 'LoggingConfig', 'MeanAveragePrecision',
-           'build_metric', 'MetricManager', 'confusion_matrix']
+           'build_metric', 'gather_processes', 'deal_in_turn', 'joined_states', 'EpochMeans', 'means_of',
+           'MetricManager', 'confusion_matrix']
 
 # %% ../nbs/08_metrics.ipynb #48b960d5
 import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -213,6 +215,138 @@ def build_metric(
                          "and reset).")
     if "validate_args" not in config.params and hasattr(metric, "validate_args"): metric.validate_args = False
     return metric
+
+# %% ../nbs/08_metrics.ipynb #3a1f6b02
+def _moved(
+    value: Any,                             # tensors, in lists, tuples and dicts; and anything else
+    device: torch.device | str,             # where they should lie
+) -> Any:
+    "The same with its tensors on a device."
+    if isinstance(value, Tensor): return value.detach().to(device)
+    if type(value) in (list, tuple): return type(value)(_moved(o, device) for o in value)
+    return {k: _moved(v, device) for k, v in value.items()} if type(value) is dict else value
+
+def gather_processes(
+    value: Any,                             # of this process: plain values, tensors, lists, tuples and dicts of them
+    several: bool | None = None,            # whether all processes take part; None: if there is a process group
+) -> list[Any]:                             # tensors on the CPU
+    "What each process has, in order of rank."
+    value = _moved(value, "cpu")
+    if several is None: several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several: return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+def deal_in_turn(
+    lists: Sequence[Sequence[Any]],         # one a process, in order of rank
+) -> list[Any]:
+    "One list of all: the first of each, then the second of each."
+    return [o[i] for i in range(max(map(len, lists), default=0)) for o in lists if i < len(o)]
+
+# %% ../nbs/08_metrics.ipynb #3a1f6b04
+def _merged(
+    states: list[Any],                      # of each process that saw something
+    reduce: Callable[[Any], Any] | None,    # of tensors that are stacked, or of a list
+) -> Any:
+    "One state for all, as torchmetrics would make it."
+    if all(isinstance(o, Tensor) for o in states):
+        stacked = torch.stack(states)
+        return stacked if reduce is None else reduce(stacked)
+    found = deal_in_turn([[o] if isinstance(o, Tensor) else o for o in states])
+    return reduce(found) if reduce is not None and found else found
+
+def _take_over(metric: Metric, processes: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    "Give a metric the states of all processes: how many updates each had, and what they left."
+    counted = [(count, states) for count, states in processes if count]
+    metric._update_count, metric._computed = sum(count for count, _ in counted), None
+    reductions = cast("dict[str, Callable[[Any], Any] | None]", metric._reductions)
+    for name, reduce in reductions.items() if counted else ():
+        own, states = getattr(metric, name), [o[name] for _, o in counted]
+        held = own if isinstance(own, list) else [own]
+        device = next((o.device for o in held if isinstance(o, Tensor)), metric.device)
+        setattr(metric, name, _moved(states[0] if len(states) == 1 else _merged(states, reduce), device))
+
+def _alone() -> bool:
+    "That there is nothing to exchange."
+    return False
+
+@contextmanager
+def joined_states(
+    metrics: Iterable[nn.Module],           # the same ones on each process, those inside them too
+    several: bool | None = None,            # whether all processes take part; None: if there is a process group
+) -> Iterator[None]:
+    "Inside, metrics hold what all processes saw, and `compute` exchanges nothing; afterwards each has its own again."
+    parts = [o for m in metrics for o in m.modules() if isinstance(o, Metric)]
+    kept = [(o, o.distributed_available_fn, o._update_count, o._computed, o.metric_state) for o in parts]
+    own = [(o._update_count, {k: getattr(o, k) for k in o._reductions}) for o in parts]
+    if several is None: several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and parts:
+        for metric, processes in zip(parts, zip(*gather_processes(own, True))): _take_over(metric, processes)
+    for metric in parts: metric.distributed_available_fn = _alone
+    try: yield
+    finally:
+        for metric, available, count, computed, state in kept:
+            metric.distributed_available_fn, metric._update_count, metric._computed = available, count, computed
+            for k, v in state.items(): setattr(metric, k, v)
+
+# %% ../nbs/08_metrics.ipynb #3a1f6b08
+class EpochMeans(Metric):
+    "Means over an epoch by name, each batch weighted by its images."
+    full_state_update = False
+    sums: Tensor
+    letters: Tensor
+
+    def __init__(self):
+        super().__init__(sync_on_compute=False)
+        # A column a name: the sum of what was weighted, and of the weights. The names stand in UTF-8, one a line.
+        self.add_state("sums", torch.zeros(2, 0), dist_reduce_fx=None)
+        self.add_state("letters", torch.zeros(0, dtype=torch.uint8), dist_reduce_fx=None)
+        self._read: tuple[Tensor, list[str]] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        "What there are sums of, in the order in which it came."
+        # Read where the state is another one than last time only: on a GPU the host waits for it.
+        if self._read is None or self._read[0] is not self.letters:
+            text = bytes(self.letters.tolist()).decode()
+            self._read = self.letters, text.split("\n") if text else []
+        return self._read[1]
+
+    def _enter(self, new: Sequence[str]) -> None:
+        "Make room for further names."
+        names = [*self.names, *new]
+        self.letters = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8, device=self.sums.device)
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(2, len(new))], 1)
+        self._read = self.letters, names
+
+    def update(
+        self,
+        values: Mapping[str, Tensor],       # scalars, each a mean over the batch
+        weight: Tensor | float,             # of the batch: its images
+    ) -> None:
+        "Add those of a batch."
+        if new := [k for k in values if k not in self.names]: self._enter(new)
+        zero = self.sums.new_zeros(())
+        each = torch.stack([values[k].detach().to(zero) if k in values else zero for k in self.names])
+        there = torch.stack([zero + 1 if k in values else zero for k in self.names])
+        self.sums = self.sums + torch.stack([each * weight, there * weight])
+
+    def compute(self) -> dict[str, Tensor]:
+        "The means of what this process saw, in float64 on the CPU."
+        return means_of([self.totals()])
+
+    def totals(self) -> dict[str, Tensor]:
+        "Sum and weight by name, (2,) float64 on the CPU."
+        return dict(zip(self.names, self.sums.cpu().double().unbind(1)))
+
+def means_of(
+    totals: Iterable[Mapping[str, Tensor]],     # `EpochMeans.totals` of each process
+) -> dict[str, Tensor]:                         # scalars, float64 on the CPU
+    "Means over what all processes saw; a name that only some have is among them."
+    sums: dict[str, Tensor] = {}
+    for one in totals: sums |= {k: v + sums.get(k, 0) for k, v in one.items()}
+    return {k: total / weight for k, (total, weight) in sums.items() if weight > 0}
 
 # %% ../nbs/08_metrics.ipynb #850819ae
 def _precisions(
@@ -417,17 +551,17 @@ class MetricManager(nn.Module):
     def compute(
         self,
         stage: str,                             # train, val or test
+        several: bool | None = None,            # whether all processes take part, also those without a batch; None: if there is a process group
     ) -> dict[str, Tensor]:                     # {stage}/{name} -> number
         "Values of the epoch, over all processes, ready to log; the states start afresh."
         found: dict[str, Tensor] = {}
         held = self.stage_metrics(stage)
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        for name, _, config in self._plan[stage]:
-            metric: Any = held[name]
-            # With several processes all must take part, also one that saw no batch.
-            if not (getattr(metric, "update_called", True) or several): continue
-            if config.log_on_epoch: found.update(self._read(f"{stage}/{name}", metric.compute()))
-            self._start_afresh(metric)
+        with joined_states(held.values(), several):
+            for name, _, config in self._plan[stage]:
+                metric: Any = held[name]
+                if config.log_on_epoch and getattr(metric, "update_called", True):
+                    found.update(self._read(f"{stage}/{name}", metric.compute()))
+        self.reset(stage)
         return found
 
     def _read(self, logged: str, value: Any) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
@@ -32,6 +32,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from ..backbones import FeatureBackbone, create_backbone, create_feature_backbone
 from ..calibration import Calibration, calibrate_logits, collect_logits
@@ -42,7 +43,9 @@ from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapt
 from ..export import export_to_onnx, export_to_torchscript
 from ..heads import Pyramid
 from ..hub import TASKS, load_pretrained, push_to_hub, save_pretrained
-from ..metrics import LoggingConfig, MetricConfig, MetricManager, confusion_matrix
+from ..losses import local_counts
+from ..metrics import (STAGES, EpochMeans, LoggingConfig, MetricConfig, MetricManager, confusion_matrix, deal_in_turn,
+                              gather_processes, joined_states, means_of)
 from ..optim import create_optimizer, create_scheduler, parameter_groups, step_scheduler
 from ..prediction import PrepareDense, predict_images, predict_loader, prepare_dense
 from ..viz import plot_confusion_matrix
@@ -458,6 +461,7 @@ class Step:
     target: Any                       # what they compare it with
     size: int                         # images in the batch
     logits: Any = None                # for metrics that ask for them
+    weight: Any = None                # of the losses in the means of an epoch; None: the images in the batch
 
 def as_metric_configs(
     metrics: MetricManager | Sequence[MetricConfig | Mapping[str, Any]] | None,  # as a user gives them
@@ -713,7 +717,7 @@ class VisionTask(PortableModule):
         self.logging_config = self_logging or LoggingConfig(log_learning_rate=False, log_gradient_norm=False)
         self.transform_config = transform_config
         self.confusion = confusion_matrix(num_classes) if self.logging_config.log_confusion_matrix else None
-        self._sums: dict[str, tuple[Any, int]] = {}
+        self.epoch_losses = nn.ModuleDict({f"{stage}_losses": EpochMeans() for stage in STAGES})
         self._checked: set[str] = set()
         self._shown: list[tuple[Any, ...]] = []
 
@@ -763,7 +767,8 @@ class VisionTask(PortableModule):
     def setup(self, stage: str) -> None:
         "Check that data and model agree on the classes, and take their names."
         super().setup(stage)
-        self._sums, self._checked = {}, set()
+        self._checked = set()
+        self.forget(*{"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()))
         data = getattr(self.trainer, "datamodule", None)
         count, names = getattr(data, "num_classes", None), getattr(data, "class_names", None)
         if isinstance(count, int) and count != self.num_classes:
@@ -772,43 +777,87 @@ class VisionTask(PortableModule):
         if names is not None and len(names) == self.num_classes: self.hparams["class_names"] = [str(o) for o in names]
         self.metrics.class_names = list(self.class_names or [])
 
+    def losses_of(self, stage: str) -> EpochMeans:
+        "The sums of the losses of this epoch's `stage`."
+        return cast(EpochMeans, self.epoch_losses[f"{stage}_losses"])
+
+    def forget(self, *stages: str) -> None:
+        "Drop what was summed up of stages, such as an epoch that was broken off."
+        for stage in stages:
+            # What is made in inference mode could not be changed outside of it.
+            with torch.inference_mode(False): self.losses_of(stage).reset()
+            self.metrics.reset(stage)
+        if "val" not in stages: return
+        self._shown = []
+        if self.confusion is not None: self.confusion.reset()
+
+    def _several(self) -> bool:
+        "Whether other processes take part in this run."
+        taking_part = 1 if self._trainer is None else self._trainer.world_size
+        return taking_part > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         "The loss of a training batch."
-        try: return self._step(batch, "train", batch_idx).losses["loss"]
+        # A process group may be left from an earlier run, and its other processes elsewhere.
+        alone = self._trainer is not None and not self._several()
+        try:
+            with local_counts() if alone else nullcontext(): return self._step(batch, "train").losses["loss"]
         except ValueError as e:
             if "Expected more than 1 value per channel" not in str(e): raise
             raise ValueError("Batch normalisation needs several values a channel, and this training batch has one image that it sees as one pixel. "
                              "Train on more images in larger batches (batch_size=2 or more, with drop_last=True if one is left over), or on larger "
                              "images, or hold BatchNorm still: freeze_norm=True.") from e
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         "Log the loss and feed the metrics."
-        self._step(batch, "val", batch_idx)
+        self._step(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         "Log the loss, feed the metrics, return what was predicted and what was true."
-        step = self._step(batch, "test", batch_idx)
+        step = self._step(batch, "test", dataloader_idx)
         return {"preds": step.scores, "targets": step.target}
 
-    def _step(self, batch: Any, stage: str, batch_idx: int) -> Step:
+    def stands_in(self, stage: str, dataloader_idx: int) -> bool:
+        "Whether a loader gives a process that has no image of its own a batch to take part with; it counts nowhere."
+        loaders = getattr(self._trainer, f"{stage}_dataloaders", None)
+        if isinstance(loaders, Mapping): loaders = list(loaders.values())
+        if isinstance(loaders, (list, tuple)): loaders = loaders[dataloader_idx]
+        return bool(getattr(loaders, "stand_in", False))
+
+    def _step(self, batch: Any, stage: str, dataloader_idx: int = 0) -> Step:
+        if stage != "train" and self.stands_in(stage, dataloader_idx): return self._step_along(batch, stage)
         step = self.compute(batch, stage)
-        for name, value in step.losses.items():
-            total, count = self._sums.get(f"{stage}/{name}", (0.0, 0))
-            self._sums[f"{stage}/{name}"] = total + value.detach().float() * step.size, count + step.size
+        self.losses_of(stage).update(step.losses, step.size if step.weight is None else step.weight)
         of_step = self.metrics.update(stage, step.scores, step.target, step.logits)
         if of_step: self.log_dict(of_step, on_step=True, on_epoch=False, batch_size=step.size)
         return step
 
+    def _step_along(self, batch: Any, stage: str) -> Step:
+        "Compute a batch that counts nowhere, as some strategies want every process to."
+        shown, confusion = list(self._shown), self.confusion
+        self.confusion = None
+        try: step = self.compute(batch, stage)
+        finally: self._shown, self.confusion = shown, confusion
+        return dataclasses.replace(step, scores=step.scores[:0], target=step.target[:0], size=0)
+
     def _log_epoch(self, stage: str) -> None:
-        "Log the mean losses and the metrics of an epoch, once."
-        bar, sums = self.logging_config.verbosity, {k: v for k, v in self._sums.items() if k.startswith(f"{stage}/")}
-        if not sums: return
-        for name, (total, count) in sums.items():
-            del self._sums[name]
-            self.log(name, total / count, on_step=False, on_epoch=True, batch_size=count, sync_dist=True,
-                     prog_bar=bar > 1 or bar > 0 and name == f"{stage}/loss")
-        for name, value in self.metrics.compute(stage).items():
-            self.log(name, value, on_step=False, on_epoch=True, batch_size=1, prog_bar=bar > 0 and self.metrics.prog_bar(name), sync_dist=True)
+        "Log the mean losses and the metrics of an epoch, once; every process takes part, whatever it saw."
+        losses, bar = self.losses_of(stage), self.logging_config.verbosity
+        # The epoch of training was logged after its last batch, on all processes alike.
+        if stage == "train" and not losses.names: return
+        means = means_of(gather_processes(losses.totals(), self._several()))
+        with torch.inference_mode(False): losses.reset()
+        if not means: return
+        for name, value in means.items(): self._log_known(f"{stage}/{name}", value, bar > 1 or bar > 0 and name == "loss")
+        for name, value in self.metrics.compute(stage, self._several()).items():
+            self._log_known(name, value, bar > 0 and self.metrics.prog_bar(name))
+
+    def _log_known(self, name: str, value: Tensor, prog_bar: bool) -> None:
+        "Log a number of the epoch that all processes have, on the device of the strategy."
+        # As a tensor Lightning would advise to synchronise it, which it is; a metric says of itself that it needs none.
+        known = MeanMetric(nan_strategy="disable", sync_on_compute=False).to(self.trainer.strategy.root_device)
+        known.update(value.float().to(known.device))
+        self.log(name, known, on_step=False, on_epoch=True, prog_bar=prog_bar, metric_attribute="metrics")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         "Log the epoch after its last batch, before the callbacks that read what was logged."
@@ -843,12 +892,16 @@ class VisionTask(PortableModule):
     def figures(self) -> dict[str, Any]:
         "Pictures of this validation epoch by name: predictions and the confusion matrix, if asked for."
         found: dict[str, Any] = {}
-        if self._shown:
-            found["val/predictions"] = self.draw_predictions(*zip(*self._shown), mean=self.data_config["mean"], std=self.data_config["std"])
-            self._shown = []
+        config = self.logging_config
+        shown = gather_processes(self._shown, self._several()) if config.log_predictions else []
+        self._shown = []
+        if kept := deal_in_turn(shown)[:config.predictions_per_epoch]:
+            look = {k: self.data_config[k] for k in ("mean", "std")}
+            found["val/predictions"] = self.draw_predictions(*zip(*kept), **look)
         if self.confusion is not None:
-            found["val/confusion_matrix"] = plot_confusion_matrix(self.confusion.compute(), self.class_names)
+            with joined_states([self.confusion], self._several()): counts = self.confusion.compute()
             self.confusion.reset()
+            found["val/confusion_matrix"] = plot_confusion_matrix(counts, self.class_names)
         return found
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..core import lookup
 from ..data.datamodule import check_batch
 from ..heads import ClassificationHead
-from ..losses import create_loss
+from ..losses import CrossEntropyLoss, create_loss
 from ..metrics import default_metrics
 from ..prediction import PrepareCrops, prepare_classification
 from ..results import ClassificationResult
@@ -133,7 +133,10 @@ class ImageClassifier(VisionTask):
         scores = self.probabilities(logits.detach())
         if stage == "val" and self.confusion is not None: self.confusion.update(scores, y)
         self.keep_for_figures(stage, x, scores, y)
-        return Step({"loss": loss}, scores, y, len(x), logits.detach())
+        # With class weights the mean of an epoch is that of all its images at once, however they are dealt into batches.
+        loss_fn: Any = self.loss_fn
+        weight = loss_fn.count(logits, target) if stage != "train" and isinstance(loss_fn, CrossEntropyLoss) else None
+        return Step({"loss": loss}, scores, y, len(x), logits.detach(), weight)
 
     def predict_tensor(self, x: Tensor) -> Tensor:
         "Probabilities (B, num_classes) of a normalised batch."

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from ..boxes import (FCOSTargets, SimOTATargets, assign_fcos, assign_simota, decode_detections, default_regress_ranges,
@@ -213,6 +214,12 @@ class DetectionTask(DenseTask):
         found = self.predictor.loss(outputs, [o["boxes"] for o in targets], [o["labels"] for o in targets])
         return {"loss": found.pop("total_loss"), **found}
 
+    def mean_losses(self, maps: list[Tensor], outputs: Outputs, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        "The mean over images of the losses of each alone."
+        def of_image(given: Any, i: int) -> Any: return apply_to_collection(given, Tensor, lambda o: o[i:i + 1])
+        each = [self.losses(of_image(maps, i), of_image(outputs, i), targets[i:i + 1]) for i in range(len(targets))]
+        return {k: torch.stack([o[k].float() for o in each]).mean() for k in each[0]}
+
     def detect(self, maps: list[Tensor], outputs: Outputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         "The detections of each image, in the pixels that the model sees."
         return [decode_detections(boxes, scores, size, self.score_thresh, self.nms_thresh, self.max_detections_per_image)
@@ -245,7 +252,8 @@ class DetectionTask(DenseTask):
         outputs = self.predictions(maps)
         # A crowd becomes a box without a place in it: to leave it out would make a GPU wait for each image.
         kept = [{**o, "boxes": o["boxes"].masked_fill(o["iscrowd"][:, None], 0)} for o in targets]
-        try: losses = self.losses(maps, outputs, kept)
+        # In evaluation the mean of what each image alone costs: which share a batch depends on the number of processes.
+        try: losses = self.losses(maps, outputs, kept) if stage == "train" else self.mean_losses(maps, outputs, kept)
         except IndexError:
             # A label out of range in a later batch than the one that was looked at.
             self.check(batch)

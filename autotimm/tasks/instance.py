@@ -67,9 +67,11 @@ def crop_masks(
 def pick_places(
     matched: Tensor,                # (B, P) which of its image's objects each place answers for, -1 for none
     most: int,                      # places an image
+    seed: int | None = None,        # of the chance; None: torch's own random state
 ) -> list[Tensor]:                  # an image: (K_i,) int64, places with an object
     "Places with an object; where an image has more than `most`, chance decides which."
-    chance = torch.rand(matched.shape, device=matched.device).where(matched >= 0, -1.0)
+    generator = None if seed is None else torch.Generator(matched.device).manual_seed(seed)
+    chance = torch.rand(matched.shape, device=matched.device, generator=generator).where(matched >= 0, -1.0)
     best, index = chance.topk(min(most, matched.shape[1]), 1)
     # Counted once for all images, since on a GPU the host waits for it.
     return [row[:count] for row, count in zip(index, (best >= 0).sum(1).tolist())]
@@ -158,7 +160,8 @@ class InstanceSegmentor(DetectionTask):
         assigned = self.predictor.assign(outputs[0], boxes, labels)
         found = self.predictor.loss(outputs, boxes, labels, assigned)
         told = self.predictor.decode_boxes(outputs)
-        places = pick_places(assigned.matched, self.masks_per_image)
+        # An image is validated on the same places each time, and what is trained afterwards does not depend on it.
+        places = pick_places(assigned.matched, self.masks_per_image, None if self.training else 0)
         owners = [o[i] for o, i in zip(assigned.matched, places)]
         picked = [propose(o[i], b[which]) for o, i, b, which in zip(told, places, boxes, owners)]
         logits = self.mask_logits(maps, picked, torch.cat([l[which] for l, which in zip(labels, owners)]))

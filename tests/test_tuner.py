@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from small_models import QUIET, Full, Plain, WithRate, loaders, patterns, same_w
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from autotimm.trainer import AutoTrainer
-from autotimm.tuning import TunerConfig
+from autotimm.tuning import (CudaMemory, Data, HostMemory, SizeTrial, TunerConfig, alone, find_rate, find_size, memory_of,
+                             resized_loaders, run_trial)
 
 HERE = Path(__file__).parent
 RATE = TunerConfig(True, False, {"num_training": 20, "min_lr": 1e-5})
@@ -299,6 +301,135 @@ def test_resuming_needs_to_know_what_was_found(make):
         make(max_epochs=2).fit(WithRate("auto"), *loaders(), ckpt_path="last")
 
 
+# The memory of the real step
+
+class Heavy(Full):
+    "Weights of 48 MiB, which grow with no batch."
+    def __init__(self, average=False):
+        super().__init__()
+        self.big, self.average = torch.nn.Linear(1 << 10, 12 << 10, bias=False), average
+    def loss(self, batch): return super().loss(batch) + 0 * self.big.weight.sum()
+    def on_before_optimizer_step(self, optimizer): time.sleep(0.1)       # for the watch to see it
+    def configure_callbacks(self): return pl.callbacks.EMAWeightAveraging() if self.average else []
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def memory_of_a_trial(make, model, **kwargs):
+    "MiB that a batch of 8 takes."
+    config = TunerConfig(False, True, None, {"steps_per_trial": 1, "init_val": 8, "max_val": 8})
+    found = find_size(make(**kwargs), model, Data(*loaders()), config)
+    return dict(zip(found.sizes, found.memory))[8] / 2**20
+
+
+def test_averages_of_the_weights_are_in_the_memory(make):
+    plain, own = memory_of_a_trial(make, Heavy()), memory_of_a_trial(make, Heavy(average=True))
+    given = memory_of_a_trial(make, Heavy(average=True), callbacks=[pl.callbacks.WeightAveraging()])
+    assert 30 < own - plain < 70 and 30 < given - own < 70, (plain, own, given)
+
+
+def test_buckets_of_several_processes_are_in_the_memory(make, monkeypatch):
+    plain = memory_of_a_trial(make, Heavy())
+    monkeypatch.setattr(AutoTrainer, "world_size", property(lambda self: 2), raising=False)
+    assert 30 < memory_of_a_trial(make, Heavy()) - plain < 70
+    trial, frozen = SizeTrial(1, averages=1, buckets=True), Heavy()
+    frozen.big.requires_grad_(False)
+    frozen.average = False
+    run_trial(make(), frozen, Data(*loaders()), trial)
+    weights = [*frozen.parameters(), *frozen.buffers()]
+    trained = [o for o in frozen.parameters() if o.requires_grad]
+    assert [o.shape for o in trial.held] == [o.shape for o in [*weights, *trained]]
+
+
+def test_processes_of_a_machine_share_its_memory(make, monkeypatch):
+    one = HostMemory(0.5).limit
+    monkeypatch.setattr(AutoTrainer, "num_devices", property(lambda self: 2), raising=False)
+    assert memory_of(make(), 0.5).limit == pytest.approx(one / 2, rel=0.1)
+
+
+def test_a_backbone_that_is_thawed_later_counts_as_thawed(make):
+    class Thaws(Full):
+        thawed = []
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"unfreeze_after": 3})
+            self.net[0].requires_grad_(False)
+        def unfreeze_backbone(self):
+            self.net[0].requires_grad_(True)
+            self.thawed.append(self)
+    model = Thaws()
+    find_size(make(), model, Data(*loaders()), SIZE)
+    assert Thaws.thawed and model not in Thaws.thawed and not model.net[0].weight.requires_grad
+
+
+def test_validation_must_fit_too(make):
+    class Eval(Full):
+        sizes = []
+        def validation_step(self, batch, batch_idx):
+            self.sizes.append((batch_idx, len(batch[0]), torch.is_grad_enabled(), self.training))
+            if len(batch[0]) > 8: raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+    train, _ = loaders()
+    config = TunerConfig(False, True, None, {"steps_per_trial": 1})
+    found = find_size(make(), Eval(), Data(train, DataLoader(patterns(32, 2), 16)), config)
+    assert found.suggestion == 8 and found.reason == "16 runs out of memory"
+    assert Eval.sizes == [(0, n, False, False) for n in (2, 2, 4, 8, 16, 8)]
+    Eval.sizes.clear()                               # of another size than the training's: as it is
+    assert find_size(make(), Eval(), Data(train, DataLoader(patterns(32, 2), 4)), config).suggestion == 64
+    assert {n for _, n, *_ in Eval.sizes} == {4}
+    Eval.sizes.clear()
+    assert find_size(make(limit_val_batches=0), Eval(), Data(*loaders()), config).suggestion == 64
+    assert not Eval.sizes
+
+
+def test_a_gpu_keeps_a_tenth_of_its_memory(make, monkeypatch):
+    "A stand-in of 8 GB, of which 1 GB is another process's; the weights take 5 GB, and a sample 40 MB."
+    cuda, calls, size = torch.cuda, [], []
+    class Stepping(Full):
+        def training_step(self, batch, batch_idx):
+            size.append(len(batch[0]))
+            if 5000 + 40 * size[-1] > 7000: raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+            return super().training_step(batch, batch_idx)
+    monkeypatch.setattr(cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(cuda, "mem_get_info", lambda device: (6500 * 10**6, 8000 * 10**6))
+    monkeypatch.setattr(cuda, "memory_reserved", lambda device: 500 * 10**6)
+    monkeypatch.setattr(cuda, "max_memory_reserved", lambda device: (5000 + 40 * size[-1]) * 10**6)
+    memory = CudaMemory(torch.device("cuda", 0))
+    assert memory.limit == 6300 * 10**6 and CudaMemory(torch.device("cuda", 0), 0.5).limit == 3500 * 10**6
+    config = TunerConfig(False, True, None, {"steps_per_trial": 1, "mode": "binsearch"})
+    found = find_size(make(), Stepping(), Data(*loaders(256)), config, memory)
+    assert found.suggestion == 32 and found.sizes == [16, 32, 48, 40, 36, 34, 33]     # 64 ran out of memory
+    assert found.memory[found.sizes.index(48)] == 6920 * 10**6 > memory.limit
+    assert calls[:4] == ["empty", "empty", "empty", "reset"] and calls.count("reset") == len(found.sizes) + 1
+
+
+def test_callbacks_of_a_search_are_left_alone(make):
+    "Neither the trainer's nor the model's are run; a configure_callbacks of the instance's own stays."
+    class Refuses(pl.callbacks.WeightAveraging):
+        def setup(self, *args): raise AssertionError("was run")
+    class Own(Full):
+        def configure_callbacks(self): return [Refuses()]
+    trainer, model = make(callbacks=[Refuses()]), Own()
+    model.configure_callbacks = own = lambda: Refuses()
+    find_size(trainer, model, Data(*loaders()), SIZE)
+    find_rate(trainer, model, Data(*loaders()), RATE)
+    assert model.configure_callbacks is own
+
+
+def test_loaders_are_resized_while_a_block_runs(make):
+    train, val = loaders()
+    other = DataLoader(patterns(32, 2), 4)
+    trainer, plain = make(), make()
+    process = trainer.strategy.process_dataloader
+    class Two(Full):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0): super().validation_step(batch, batch_idx)
+    with resized_loaders(trainer, Data(train), 8): trainer.fit(Two(), train, [val, other])
+    assert trainer.strategy.process_dataloader == process and "process_dataloader" not in vars(trainer.strategy)
+    assert trainer.train_dataloader.batch_size == 8 and [o.batch_size for o in trainer.val_dataloaders] == [8, 4]
+    assert train.batch_size == val.batch_size == 16
+    with resized_loaders(plain, Data(train), None): plain.fit(Full(), train, val)
+    assert plain.train_dataloader is train
+
+
 # Several processes
 
 DDP = """
@@ -317,13 +448,19 @@ if __name__ == "__main__":
 """
 
 
-def run_ddp(tmp_path: Path, strategy: str) -> list[dict]:
-    "What each process came to."
-    (tmp_path / "run.py").write_text(DDP)
+def run_script(tmp_path: Path, text: str, *args: str, launcher: tuple[str, ...] = ()) -> list[dict]:
+    "What each process of a script came to."
+    (tmp_path / "run.py").write_text(text)
     env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(tmp_path / "run.py"), str(tmp_path), strategy], env=env, capture_output=True, text=True, timeout=400)
+    command = [sys.executable, *launcher, str(tmp_path / "run.py"), str(tmp_path), *args]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
+
+
+def run_ddp(tmp_path: Path, strategy: str) -> list[dict]:
+    "What each process came to."
+    return run_script(tmp_path, DDP, strategy)
 
 
 def test_two_processes_use_what_the_first_one_found(tmp_path):
@@ -336,3 +473,73 @@ def test_two_processes_use_what_the_first_one_found(tmp_path):
 def test_spawned_processes_too(tmp_path):
     (first,) = run_ddp(tmp_path, "ddp_spawn")        # the main process, which trained nothing itself
     assert first["size"] == 32 and first["lr"] > 0 and first["history"] == 1 and first["best"].startswith("best-")
+
+
+FOLDS = """
+import json, sys, time
+from datetime import timedelta
+from pytorch_lightning.strategies import DDPStrategy
+from torchmetrics.classification import MulticlassAccuracy
+from small_models import *
+from test_tuner import BOTH, NoLoss, Numbers, Seen
+from autotimm.trainer import AutoTrainer
+
+class Synced(WithRate):
+    "Talks to the other processes wherever it believes that there are some, and is slow while it is searched."
+    rest = 0
+    def __init__(self, lr="auto"):
+        super().__init__(lr)
+        self.accuracy = MulticlassAccuracy(4)
+    def training_step(self, batch, batch_idx):
+        if self.trainer.world_size == 1: self.wait()
+        if torch.distributed.is_initialized(): torch.distributed.all_reduce(torch.ones(1))
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("train/synced", self.accuracy)
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/mean", loss, sync_dist=True, on_step=True, on_epoch=True)
+        return loss
+    def wait(self):
+        assert not torch.distributed.is_initialized()
+        time.sleep(Synced.rest)
+        Synced.rest = 0
+
+if __name__ == "__main__":
+    folder, seconds, rest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    Synced.rest, found = rest, []
+    for fold in range(3):
+        seen, model, data = Seen(), NoLoss() if fold == 1 else Synced(), Numbers("auto")
+        how = DDPStrategy(timeout=timedelta(seconds=seconds))
+        trainer = AutoTrainer(max_epochs=1, devices=2, strategy=how, callbacks=[seen], tuner_config=BOTH, default_root_dir=folder, **QUIET)
+        try: trainer.fit(model, datamodule=data)
+        except ValueError as e: found.append("no finite loss" in str(e))
+        else: found.append([model.hparams.lr, data.batch_size, seen.sizes, seen.rates[0]])
+    assert torch.distributed.is_initialized()
+    open(f"{folder}/rank{trainer.global_rank}.json", "w").write(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("start", ["script", "torchrun"])
+def test_folds_on_two_processes(tmp_path, start):
+    "A search finds the same for all: in a group that is there already, when it fails for one, and when it takes longer than the group waits."
+    if start == "script": first, second = run_script(tmp_path, FOLDS, "1800", "0")
+    else:
+        launcher = "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"
+        first, second = run_script(tmp_path, FOLDS, "10", "15", launcher=launcher)
+    assert first == second and first[1] is True
+    for rate, size, sizes, rates in (first[0], first[2]):
+        assert (size, sizes) == (32, [32]) and rates == pytest.approx([rate / 10, rate])
+
+
+def test_a_search_looks_alone_and_comes_back(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = distributed.group.WORLD
+        with pytest.raises(OSError), alone():
+            assert not distributed.is_initialized()
+            raise OSError
+        assert distributed.is_initialized() and distributed.group.WORLD is group
+        distributed.barrier()
+    finally: distributed.destroy_process_group()
+    with alone(): assert not distributed.is_initialized()
+    assert not distributed.is_initialized()

@@ -298,7 +298,7 @@ class RunState(Callback):
 
     def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit": return
-        if trainer.world_size > 1: trainer.share_among_processes(pl_module)
+        if trainer.world_size > 1: trainer.share_among_processes()
         for callback in trainer.callbacks:
             if isinstance(callback, EarlyStopping) and callback.strict:
                 callback.strict = False

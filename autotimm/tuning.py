@@ -36,7 +36,7 @@ from pytorch_lightning.utilities.memory import is_oom_error
 from torch.utils.data import BatchSampler, IterableDataset as _IterableDataset
 from torchmetrics import Metric
 
-from .checkpoints import loader_states, random_states, set_loader_states, set_random_states
+from .data.loading import loader_states, random_states, set_loader_states, set_random_states
 from .core import has_module, not_found, quiet
 
 # %% ../nbs/28_tuning.ipynb #da008cb4

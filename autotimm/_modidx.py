@@ -2510,6 +2510,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'autotimm.trainer.AutoTrainer._construct': ('trainer.html#autotrainer._construct', 'autotimm/trainer.py'),
                                   'autotimm.trainer.AutoTrainer._construct_again': ( 'trainer.html#autotrainer._construct_again',
                                                                                      'autotimm/trainer.py'),
+                                  'autotimm.trainer.AutoTrainer._continue_loggers': ( 'trainer.html#autotrainer._continue_loggers',
+                                                                                      'autotimm/trainer.py'),
                                   'autotimm.trainer.AutoTrainer._end': ('trainer.html#autotrainer._end', 'autotimm/trainer.py'),
                                   'autotimm.trainer.AutoTrainer._evaluated': ('trainer.html#autotrainer._evaluated', 'autotimm/trainer.py'),
                                   'autotimm.trainer.AutoTrainer._folder': ('trainer.html#autotrainer._folder', 'autotimm/trainer.py'),

@@ -230,11 +230,12 @@ class RunHistory:
 # %% ../nbs/28_resuming.ipynb #48fb4f17
 def process_state(
     trainer: Any,                             # inside a fit
-    random: Any = None,                       # of `raw_random_states`, in place of those of now
+    random: Any = None,                       # of `raw_random_states` before the batch that is at work, which is to come again
 ) -> dict[str, Any]:                          # plain values and tensors
     "What this process alone knows: random states, loaders, sums of metrics, gradients that are accumulated."
     module, loop = trainer.lightning_module, trainer.fit_loop.epoch_loop
-    loaders = [o.state_dict() if isinstance(o, ResumableLoader) else {} for o in training_loaders(trainer)]
+    behind = 0 if random is None else 1
+    loaders = [o.state_dict(behind) if isinstance(o, ResumableLoader) else {} for o in training_loaders(trainer)]
     between = loop.batch_progress.current.completed % trainer.accumulate_grad_batches == 0
     gradients = {} if between else {name: p.grad.detach().cpu() for name, p in module.named_parameters()
                                     if p.grad is not None}
@@ -481,7 +482,7 @@ class RunState(Callback):
         checkpoint["autotimm"] = {
             "place": place, "processes": _gathered({**mine, "history": history, "shown": metrics}), "metrics": metrics, "history": history, "val_names": sorted(self.history.val_names),
             "val_fresh": self.history.val_fresh and self.history.over is None, "finished": self.finished,
-            "tuned": trainer.tuned_values, "loggers": trainer.logger_identities()}
+            "tuned": trainer.tuned_values, "loggers": trainer.logger_identities(), "step": trainer.global_step}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         find_folders(trainer, checkpoint, trainer.ckpt_path)

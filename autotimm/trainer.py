@@ -34,7 +34,7 @@ from .checkpoints import (LAST_NAME, AtomicCheckpointIO, BestCheckpoint, LastChe
 from .core import deterministic_algorithms, in_notebook, inherit_signature, is_rank_zero, near_matches, quiet, require, say, seed_everything, show
 from .data.loading import deal, resumable, seed_of_random_state
 from .lightning_parts import let_lightning_deal
-from .loggers import LoggerConfig, LoggerManager, logger_state, restart_logger
+from .loggers import LoggerConfig, LoggerManager, continue_logger, logger_identity, logger_state, restart_logger
 from .resuming import RunState
 from .tuning import (Data, LearningRateResult, TunerConfig, Tuning, resized_loaders, scale_model_rate, search_together,
                              set_highest_rates, set_size, wants_rate, wants_size)
@@ -267,6 +267,7 @@ class AutoTrainer(pl.Trainer):
             path = self._resume_path(ckpt_path, weights_only)
             self._begin(inner, path)
             try:
+                if path is not None: self._continue_loggers(Path(path), weights_only)
                 _tune(self, inner, data, path, weights_only)
                 with resized_loaders(self, data, self._tuned.batch_size):
                     super().fit(model, data.train, data.val, data.datamodule, path, weights_only=weights_only)
@@ -356,6 +357,12 @@ class AutoTrainer(pl.Trainer):
             raise OSError(e.errno, f"{e.strerror}: no folder can be made for the checkpoints. Give a default_root_dir= that can be "
                                    "written to, or enable_checkpointing=False", e.filename) from e
 
+    def _continue_loggers(self, path: Path, weights_only: bool | None) -> None:
+        "Let the loggers of a run that goes on write where they wrote before."
+        if self.run_folder is None or path.absolute().parent != self.run_folder: return
+        kept = read_run(path, weights_only)
+        for logger, identity in zip(self.loggers, kept.get("loggers", [])): continue_logger(logger, identity, kept["step"])
+
     def _end(self) -> None:
         "Tidy up after a fit, however it ended."
         self._run_state.release()
@@ -421,14 +428,12 @@ class AutoTrainer(pl.Trainer):
     def _prepared(self, loader: Any) -> Any:
         "A loader as a loop is to use it: dealt to the processes, and able to go on at its batch."
         if self.predicting or not isinstance(loader, torch.utils.data.DataLoader): return loader
-        processes = self.world_size if self._deals else 1
-        if self.training:
-            loader = deal(resumable(loader, self._loader_seed), self.global_rank, processes, fill=True)
-            if self.limit_train_batches != 0 and _is_empty(loader):
-                raise ValueError("The training data has no batches: it is empty, or smaller than a batch, with drop_last=True. "
-                                 "Look at its data set and batch_size.")
-        elif processes > 1: loader = deal(resumable(loader), self.global_rank, processes, fill=False)
-        return loader
+        # Of validation too: one that moved the random numbers on could not be left out of a resume, or put into it.
+        loader = resumable(loader, self._loader_seed if self.training else 0)
+        if self.training and self.limit_train_batches != 0 and _is_empty(loader):
+            raise ValueError("The training data has no batches: it is empty, or smaller than a batch, with drop_last=True. "
+                             "Look at its data set and batch_size.")
+        return deal(loader, self.global_rank, self.world_size if self._deals else 1, fill=self.training)
 
     # What `RunState` asks of the trainer
 
@@ -445,8 +450,10 @@ class AutoTrainer(pl.Trainer):
         if rates: set_highest_rates(self.optimizers, [o.scheduler for o in self.lr_scheduler_configs], rates)
 
     def logger_identities(self) -> list[dict[str, Any]]:
-        "Which runs the loggers write to."
-        return []
+        "Which runs the loggers write to; what they have logged so far is on the disk."
+        if not self.is_global_zero: return []
+        for logger in self.loggers: logger.save()
+        return [logger_identity(o) for o in self.loggers]
 
 # %% ../nbs/29_trainer.ipynb #ed22621c
 inherit_signature(AutoTrainer)

@@ -362,20 +362,23 @@ class ResumableLoader(DataLoader):
             yield batch
             if self.given < length and self.before_batch is not None: self.before_batch()
 
-    def state_dict(self) -> dict[str, Any]:
-        "Where the loader stands, as plain values and tensors; the same on every process."
+    def state_dict(
+        self,
+        behind: int = 0,                               # batches that were given and are to come again
+    ) -> dict[str, Any]:                               # plain values and tensors
+        "Where the loader stands; but for the state of generators it is the same on every process."
         if self.batches is None: return {}
         if self._pending is not None: return self._pending
         sampler = self.batches.sampler
         place = {"seed": sampler.seed, "epoch": sampler.epoch, "cycle": 0, "batch": 0, "sum": 0}
         now, data = self._running, loader_states(self, "data")
-        over = now is not None and self.given >= len(self)
+        given = self.given - behind
+        over = now is not None and given >= len(self)
         if now is None or now[0] != sampler.epoch or over:
             next_cycle = now[1] + 1 if now is not None and now[0] == sampler.epoch else 0
             return {**place, "cycle": next_cycle, "order": loader_states(self, "order"), "data": data}
-        sums = self.batches.sums
-        done = sums[self.given - 1] if self.given else 0
-        return {**place, "cycle": now[1], "batch": self.given, "sum": done, "order": self._begun, "data": data}
+        done = self.batches.sums[given - 1] if given > 0 else 0
+        return {**place, "cycle": now[1], "batch": given, "sum": done, "order": self._begun, "data": data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where a loader of the same data stood; the next pass begins there."

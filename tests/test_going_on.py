@@ -1,0 +1,163 @@
+"A run that ends inside an epoch, however it does, goes on to the weights and the history of an unbroken one."
+import glob
+import os
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from small_models import QUIET, Full, loaders, same_weights
+
+from autotimm.checkpoints import find_unfinished, read_run
+from autotimm.resuming import BATCH, STOPPED, VALIDATION
+from autotimm.trainer import AutoTrainer
+
+
+class Seen(pl.Callback):
+    "Notes the batches, and acts at one of them."
+    def __init__(self, at=None, act=None): self.batches, self.at, self.act = [], at, act
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch_idx, float(batch[0].double().sum())))
+        if self.at == len(self.batches): self.act()
+
+
+class BrokenValidation(Full):
+    "Fails in the validation of its second epoch."
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.current_epoch == 1 and batch_idx == 1: raise RuntimeError("a validation that fails")
+        super().validation_step(batch, batch_idx)
+
+
+def run(root, ckpt=None, seed=0, model=Full, at=None, act=None, error=None, callbacks=(), **how):
+    "A run of three epochs of four batches; the trainer, the model, what it saw."
+    torch.set_num_threads(1)
+    pl.seed_everything(seed, verbose=False)
+    seen, model = Seen(at, act), model()
+    trainer = AutoTrainer(default_root_dir=str(root), callbacks=[seen, *callbacks], **{**QUIET, "max_epochs": 3, **how})
+    if error is None: trainer.fit(model, *loaders(), ckpt_path=ckpt)
+    else:
+        with pytest.raises(error): trainer.fit(model, *loaders(), ckpt_path=ckpt)
+    return trainer, model, seen.batches
+
+
+def assert_goes_on(whole, root, ckpt="last", **how):
+    "Going on from another random state gives what the unbroken run gave."
+    trainer, model, seen = run(root, ckpt, seed=7, **how)
+    assert seen == whole[2][len(whole[2]) - len(seen):]
+    assert trainer.history == whole[0].history and same_weights(model, whole[1])
+    return len(seen)
+
+
+def raises(): raise RuntimeError("a step that fails")
+
+
+ENDS = {
+    "ctrl-c": (dict(at=6, act=lambda: os.kill(os.getpid(), signal.SIGINT), error=SystemExit), BATCH, 6),
+    "sigterm": (dict(at=6, act=lambda: os.kill(os.getpid(), signal.SIGTERM), error=BaseException), BATCH, 6),
+    "exception": (dict(at=6, act=raises, error=RuntimeError), BATCH, 7),
+    "validation": (dict(model=BrokenValidation, error=RuntimeError), VALIDATION, 4),
+    "max_steps": (dict(max_steps=6, max_epochs=-1), STOPPED, 6),
+    "max_time": (dict(at=6, act=lambda: time.sleep(3), max_time=timedelta(seconds=3)), BATCH, 6),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_ends_inside_an_epoch(end, tmp_path):
+    how, place, left = ENDS[end]
+    whole = run(tmp_path / "whole")
+    trainer, _, _ = run(tmp_path / "broken", **how)
+    kept = read_run(trainer.last_model_path)
+    assert kept["place"] == place and kept["finished"] == (end == "max_steps")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler or end == "ctrl-c"
+    assert assert_goes_on(whole, tmp_path / "broken", "last" if kept["finished"] else "auto") == left
+
+
+@pytest.mark.parametrize("how", [{}, dict(val_check_interval=0.5), dict(check_val_every_n_epoch=2), dict(accumulate_grad_batches=3)], ids=str)
+def test_any_batch_is_a_good_one_to_stop_at(how, tmp_path):
+    "Stopped at every second batch; gradients that are still being accumulated are kept."
+    whole = run(tmp_path / "whole", **how)
+    for at in range(1, 12, 2):
+        run(tmp_path / str(at), at=at, act=lambda: os.kill(os.getpid(), signal.SIGTERM), error=BaseException, **how)
+        assert assert_goes_on(whole, tmp_path / str(at), **how) == 12 - at
+
+
+@pytest.mark.parametrize("how", [{}, dict(val_check_interval=0.5)], ids=str)
+def test_the_files_of_a_users_model_checkpoint(how, tmp_path):
+    "Written in the middle of a hook, also before a validation that is still due."
+    keeps = ModelCheckpoint(tmp_path / "own", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = run(tmp_path / "whole", callbacks=[keeps], **how)
+    files = sorted(glob.glob(str(tmp_path / "own" / "*.ckpt")), key=os.path.getmtime)
+    assert len(files) == 12
+    for done, file in enumerate(files[:-1], 1): assert assert_goes_on(whole, tmp_path / f"on{done}", file, **how) == 12 - done
+
+
+def test_the_best_checkpoint_of_a_validation_inside_an_epoch(tmp_path):
+    "One row an epoch, with its training metrics."
+    whole = run(tmp_path / "whole", val_check_interval=0.5)
+    trainer, _, _ = run(tmp_path / "on", whole[0].best_model_path, seed=3, val_check_interval=0.5)
+    assert [row["epoch"] for row in trainer.history] == [0, 1, 2] and trainer.history == whole[0].history
+    assert all("train/loss" in row for row in trainer.history)
+
+
+def test_a_run_of_max_steps_goes_on_to_the_end_of_its_schedule(tmp_path):
+    class OneCycle(Full):
+        "Asks for the length of the training, and so sets the loaders up early."
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
+            assert self.trainer.estimated_stepping_batches
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+    whole = run(tmp_path / "whole", model=OneCycle, max_steps=20, max_epochs=-1)
+    run(tmp_path / "broken", model=OneCycle, max_steps=15, max_epochs=-1)
+    assert assert_goes_on(whole, tmp_path / "broken", model=OneCycle, max_steps=20, max_epochs=-1) == 5
+
+
+def test_auto_begins_a_run_where_all_are_finished(tmp_path):
+    first, _, _ = run(tmp_path, "auto", max_epochs=1)
+    assert read_run(first.last_model_path)["finished"] and find_unfinished(tmp_path / "checkpoints") is None
+    second, _, _ = run(tmp_path, "auto", at=2, act=raises, error=RuntimeError)
+    third, _, seen = run(tmp_path, "auto")
+    assert [o.run_folder.name for o in (first, second, third)] == ["version_0", "version_1", "version_1"] and len(seen) == 11
+
+
+def test_a_sampler_that_cannot_be_replayed_starts_its_epoch_again(tmp_path):
+    class Growing(torch.utils.data.Sampler):
+        calls = 0
+        def __len__(self): return 64
+        def __iter__(self):
+            Growing.calls += 1
+            return iter([(i + Growing.calls) % 64 for i in range(64)])
+    def fit(seed, ckpt=None, at=None):
+        seen, model = Seen(at, raises), Full()
+        loader = torch.utils.data.DataLoader(loaders()[0].dataset, 16, sampler=Growing())
+        trainer = AutoTrainer(max_epochs=2, default_root_dir=str(tmp_path), callbacks=[seen], **QUIET)
+        if at is not None:
+            with pytest.raises(RuntimeError, match="fails"): trainer.fit(model, loader)
+        else:
+            with pytest.warns(UserWarning, match="the epoch starts again"): trainer.fit(model, loader, ckpt_path=ckpt)
+        return seen.batches
+    fit(0, at=7)
+    assert [o[:2] for o in fit(1, "last")] == [(1, i) for i in range(4)]
+
+
+def test_a_full_disk_and_a_folder_that_is_gone(tmp_path, monkeypatch):
+    def full(obj, file):
+        file.write(b"a part")
+        raise OSError(28, "No space left on device")
+    first, _, _ = run(tmp_path, max_epochs=1)
+    before = open(first.last_model_path, "rb").read()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device: the checkpoint could not be written. The one before it is whole"):
+        run(tmp_path, "last", max_epochs=2, checkpoint_interval=1, checkpoint_monitor=None)
+    monkeypatch.undo()
+    assert open(first.last_model_path, "rb").read() == before and [o.name for o in first.run_folder.glob(".*")] == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Give a default_root_dir"): run(tmp_path / "file")
+
+
+@pytest.mark.parametrize("bad", [0, -1, timedelta(seconds=-1), "10 minutes", True])
+def test_an_interval_that_cannot_be_is_named(bad, tmp_path):
+    with pytest.raises((TypeError, ValueError), match="checkpoint_interval must be"): AutoTrainer(checkpoint_interval=bad)

@@ -36,7 +36,7 @@ from pytorch_lightning.utilities.memory import is_oom_error
 from torch.utils.data import BatchSampler, IterableDataset as _IterableDataset
 from torchmetrics import Metric
 
-from .data.loading import loader_states, random_states, set_loader_states, set_random_states
+from .data.loading import EpochBatches, loader_states, random_states, set_loader_states, set_random_states
 from .core import has_module, not_found, quiet
 
 # %% ../nbs/28_tuning.ipynb #da008cb4
@@ -108,21 +108,22 @@ def resized(
     if isinstance(loader.dataset, _IterableDataset):
         raise ValueError("The batch size cannot be searched for an IterableDataset, whose length is not known. "
                          "Set auto_batch_size=False.")
-    if type(loader.batch_sampler) is not BatchSampler:
-        name = type(loader.batch_sampler).__name__
+    if loader.batch_size == batch_size: return loader
+    batches: Any = loader.batch_sampler
+    if type(batches) not in (BatchSampler, EpochBatches):
+        name = type(batches).__name__
         raise ValueError(f"The batch size cannot be searched: the DataLoader takes its batches from a batch sampler of its own ({name}). "
                          "Give it batch_size= instead, or set auto_batch_size=False.")
-    if loader.batch_size == batch_size: return loader
     # A DataLoader refuses to have these set once it is built, and the constructor of a subclass may take anything.
     other = copy.copy(loader)
-    other.__dict__.update(batch_size=batch_size, batch_sampler=BatchSampler(loader.sampler, batch_size, loader.drop_last), _iterator=None)
+    other.__dict__.update(batch_size=batch_size, batch_sampler=type(batches)(batches.sampler, batch_size, loader.drop_last), _iterator=None)
     return other
 
 def resizable(
     loader: Any,                                     # anything that gives batches
 ) -> bool:                                           # True for a DataLoader with torch's batches
     "Whether `resized` takes a loader."
-    return (isinstance(loader, torch.utils.data.DataLoader) and type(loader.batch_sampler) is BatchSampler
+    return (isinstance(loader, torch.utils.data.DataLoader) and type(loader.batch_sampler) in (BatchSampler, EpochBatches)
             and not isinstance(loader.dataset, _IterableDataset))
 
 @contextlib.contextmanager
@@ -158,7 +159,6 @@ def resized_loaders(
     strategy = trainer.strategy
     process = functools.partial(_in_size, trainer, size, like, strategy.process_dataloader)
     with _with_attribute(strategy, "process_dataloader", process): yield
-
 
 # %% ../nbs/28_tuning.ipynb #6aa34172
 _COPY_ERRORS = (TypeError, RuntimeError, ValueError, NotImplementedError, AttributeError, RecursionError)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from .core import quiet
+from .lightning_parts import trainer_of
 from .viz import new_figure
 
 # %% ../nbs/17_calibration.ipynb #70567f47
@@ -145,7 +146,7 @@ def collect_logits(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(o, o.training) for o in model.modules()]
     collector = LogitCollector(model, read)
-    before, own = getattr(data, "trainer", None), getattr(model, "_trainer", None)
+    before, own = getattr(data, "trainer", None), trainer_of(model)
     with quiet(everything=True):
         trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else "cpu" if device.type == "cpu" else "auto", devices=1, logger=False,
                              enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
@@ -156,7 +157,7 @@ def collect_logits(
             model.to(device)
             for o, mode in modes: o.training = mode
             # Lightning gives its trainer to the modules in a module too.
-            if isinstance(model, pl.LightningModule): model._trainer = own
+            if isinstance(model, pl.LightningModule): model.trainer = own
             if isinstance(data, pl.LightningDataModule): data.trainer = before
     if not collector.kept: raise ValueError("There is no validation data to calibrate on. Give the data module some (val_split=, a val folder), or a DataLoader.")
     logits, targets = (torch.cat(o) for o in zip(*collector.kept))

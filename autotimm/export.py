@@ -40,6 +40,7 @@ from torchvision.ops import box_iou, nms, roi_align
 
 from .boxes import decode_detections, level_points, ltrb_to_xyxy, scale_boxes
 from .core import atomic_path, require, to_plain, uncompiled
+from .lightning_parts import without_trainers
 from .data.readers import BadImage, BadImageError, list_images
 from .data.transforms import find_data_config
 from .prediction import (MAX_PIXELS, check_prediction, detections_to_original, find_images, inputs_of, logits_to_classes,
@@ -125,16 +126,12 @@ def exportable(
     with uncompiled(model):
         modules = list(model.modules())
         state = [(o, o.training, o._compiled_call_impl) for o in modules]
-        # Lightning's modules look for their trainer wherever TorchScript looks at their attributes, unless this is set.
-        lightning = [o for o in modules if hasattr(type(o), "_jit_is_scripting")]
         try:
-            for o in lightning: o._jit_is_scripting = True  # type: ignore[assignment]
             for o in modules: o.training, o._compiled_call_impl = False, None
             # A caller's autocast would become part of the file.
-            with torch.no_grad(), torch.autocast("cpu", enabled=False): yield model.cpu()
+            with torch.no_grad(), torch.autocast("cpu", enabled=False), without_trainers(modules): yield model.cpu()
         finally:
             model.to(device)
-            for o in lightning: del o._jit_is_scripting
             for o, training, compiled in state: o.training, o._compiled_call_impl = training, compiled
 
 @contextlib.contextmanager

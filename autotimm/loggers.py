@@ -24,6 +24,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from .core import is_rank_zero, lookup, require
+from .lightning_parts import has_begun, prefix_of_logger, run_of_logger
 
 # %% ../nbs/09_loggers.ipynb #727500c4
 @dataclass(frozen=True)
@@ -153,8 +154,6 @@ class LoggerManager:
     def __repr__(self) -> str: return f"LoggerManager({', '.join(config.backend for config in self._configs)})"
 
 # %% ../nbs/09_loggers.ipynb #f4ceb629
-def _begun(logger: Logger) -> bool: return vars(logger).get("_experiment") is not None
-
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     "The same, with dicts and lists of its own."
     return {k: type(v)(v) if isinstance(v, (dict, list)) else v for k, v in state.items()}
@@ -163,7 +162,7 @@ def logger_state(
     logger: Logger,               # any Lightning logger
 ) -> dict[str, Any]:              # Lightning's attributes; empty if its run has already begun
     "What a logger knows of its run before the run begins."
-    if _begun(logger): return {}
+    if has_begun(logger): return {}
     return _copied({k: v for k, v in vars(logger).items() if k[0] == "_" or k == "hparams"})
 
 def restart_logger(
@@ -173,7 +172,7 @@ def restart_logger(
     "Close a logger's run, so that what it logs next begins another."
     if not state: return
     logger.finalize("success")
-    if _begun(logger) and hasattr(logger.experiment, "finish"): logger.experiment.finish()
+    if has_begun(logger) and hasattr(logger.experiment, "finish"): logger.experiment.finish()
     for name in ("log_metrics", "log_hyperparams"): vars(logger).pop(name, None)
     vars(logger).update(_copied(state))
 
@@ -201,14 +200,7 @@ def logger_identity(
 # %% ../nbs/09_loggers.ipynb #a1c00004
 def _named_run(logger: Any, *run: Any) -> Any:
     "The run that a logger was given or has begun, or None; with `run` it is the one to write to."
-    # Reading the public `version` or `run_id` begins a new run, and neither can be set.
-    kind = logger_kind(logger)
-    if kind == "WandbLogger":
-        if run: logger._wandb_init["id"] = run[0]
-        return logger.version
-    name = "_run_id" if kind == "MLFlowLogger" else "_version"
-    if run: setattr(logger, name, run[0])
-    return getattr(logger, name)
+    return run_of_logger(logger, logger_kind(logger), *run)
 
 class _SkipLogged:
     "Stands in for a logger's `log_metrics`: leaves out what its run holds already."
@@ -216,7 +208,7 @@ class _SkipLogged:
         self.logger, self.logged = logger, logged
 
     def __call__(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        prefix = f"{self.logger._prefix}-" if self.logger._prefix else ""
+        prefix = prefix_of_logger(self.logger)
         new = {k for k in metrics if (prefix + k, step or 0) not in self.logged}
         # Lightning adds the epoch to everything: it is logged with the values that it belongs to.
         if not new - {"epoch"} and "epoch" in metrics or not new: return
@@ -254,7 +246,7 @@ def _csv_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 # %% ../nbs/09_loggers.ipynb #a1c00007
 def _continue_tensorboard(logger: Any, gone: Callable[[Value], bool]) -> list[Value] | None:
     "The values in the event files of a run; None if there are none."
-    if _begun(logger): logger.experiment.close()    # it goes on in another file
+    if has_begun(logger): logger.experiment.close()    # it goes on in another file
     files = sorted(Path(logger.log_dir).glob("*tfevents*"))
     return [value for path in files for value in _trim_events(path, gone)] if files else None
 
@@ -337,7 +329,7 @@ def _wandb_history(run: Any) -> list[dict[str, Any]]:
 
 def _continue_wandb(logger: Any, gone: Callable[[Value], bool]) -> list[Value] | None:
     "The values of a W&B run; None for an offline run whose files are not here."
-    begun, run = _begun(logger), logger.experiment
+    begun, run = has_begun(logger), logger.experiment
     if not run.offline: rows = _wandb_history(run) if run.resumed else []
     else:
         here = Path(run.settings.sync_dir)

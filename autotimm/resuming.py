@@ -29,7 +29,7 @@ from torchmetrics import Metric
 from .callbacks import LenientCheckpoint, missing_metrics, watched_metrics
 from .checkpoints import LastCheckpoint, find_folders, hide_folders
 from .data.loading import ResumableLoader, random_states, raw_random_states, set_loader_states, set_random_states
-from .lightning_parts import add_epoch_sums, epoch_sums, set_up_training_data_again, show_metrics
+from .lightning_parts import add_epoch_sums, count_logged_steps, epoch_sums, set_up_training_data_again, show_metrics
 
 # %% ../nbs/28_resuming.ipynb #311dc85c
 BATCH, EPOCH, VALIDATION, STOPPED = "between batches", "between epochs", "before validation", "inside an epoch"
@@ -287,6 +287,7 @@ class RunState(Callback):
         self.random: dict[str, Any] | None = None    # random states that the run is to go on with
         self.before: Any = None                      # random states before the batch that is at work
         self.sums: dict[str, list[torch.Tensor]] = {}    # of the epoch before the resume, not yet added
+        self._stepped = 0                            # batches that loggers have not been told of yet
         self.place: str | None = None                # where the run stands, while it is saved
         self.phase = "outside"                       # 'batch', 'boundary', 'batch end', 'validation', 'epoch end'
         self.validated = self.warned = self.ended_early = self.averaged = self.finished = False
@@ -474,7 +475,7 @@ class RunState(Callback):
         place, loops = self.place, checkpoint["loops"]["fit_loop"]
         if place is None and self.phase == "batch end" and validation_is_due(trainer): place = VALIDATION
         if place is not None: settle_counters(loops, place)
-        if place == BATCH: loops["epoch_loop.state_dict"]["_batches_that_stepped"] += getattr(self, "_stepped", 0)
+        if place == BATCH: count_logged_steps(loops, self._stepped)
         metrics = {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()}
         history = [dict(o) for o in trainer.history]
         if self.history.over is not None: history.append(self.history.row(trainer))

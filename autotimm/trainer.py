@@ -33,7 +33,7 @@ from .checkpoints import (LAST_NAME, AtomicCheckpointIO, BestCheckpoint, LastChe
                                   new_run_folder, read_run)
 from .core import deterministic_algorithms, in_notebook, inherit_signature, is_rank_zero, near_matches, quiet, require, say, seed_everything, show
 from .data.loading import deal, resumable, seed_of_random_state
-from .lightning_parts import let_lightning_deal
+from .lightning_parts import change_loaders, let_lightning_deal
 from .loggers import LoggerConfig, LoggerManager, continue_logger, logger_identity, logger_state, restart_logger
 from .resuming import RunState
 from .tuning import (Data, LearningRateResult, TunerConfig, Tuning, resized_loaders, scale_model_rate, search_together,
@@ -211,8 +211,7 @@ class AutoTrainer(pl.Trainer):
         with quiet(): super().__init__(**{**arguments, "callbacks": [*arguments["callbacks"]]}, use_distributed_sampler=False)
         if type(getattr(self.strategy, "checkpoint_io", None)) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
-        theirs = self.strategy.process_dataloader
-        self.strategy.process_dataloader = lambda loader: self._prepared(theirs(loader))  # type: ignore[method-assign]
+        self._theirs = change_loaders(self.strategy, self._prepared)
         self._attached: tuple[list[Callback], list[Callback]] = ([*self.callbacks], [*self.callbacks])
         self._plain_values = self._public_values()
 
@@ -427,6 +426,7 @@ class AutoTrainer(pl.Trainer):
 
     def _prepared(self, loader: Any) -> Any:
         "A loader as a loop is to use it: dealt to the processes, and able to go on at its batch."
+        loader = self._theirs(loader)
         if self.predicting or not isinstance(loader, torch.utils.data.DataLoader): return loader
         # Of validation too: one that moved the random numbers on could not be left out of a resume, or put into it.
         loader = resumable(loader, self._loader_seed if self.training else 0)

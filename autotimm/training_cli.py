@@ -72,6 +72,10 @@ def option_docs(
 # %% ../nbs/33_training_cli.ipynb #6261adaf
 class AutoTimmCLI(LightningCLI):
     "`LightningCLI`: YAML files, overrides and `--help` for any model, data and trainer."
+    def __init__(self, model_class: Any = None, datamodule_class: Any = None, *args: Any, **kwargs: Any) -> None:
+        self.explained = {"model": model_class, "data": datamodule_class}   # whose arguments `--help` explains
+        super().__init__(model_class, datamodule_class, *args, **kwargs)
+
     def init_parser(self, **kwargs: Any) -> Any:
         "Lightning's parser. Raises `MissingExtraError` without jsonargparse."
         require("jsonargparse", extra="cli", why="The command line for training")
@@ -80,7 +84,7 @@ class AutoTimmCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         "Lightning's arguments, each with what our constructors say of it."
         super().add_core_arguments_to_parser(parser)
-        for key, cls in (("trainer", self.trainer_class), ("model", self._model_class), ("data", self._datamodule_class)):
+        for key, cls in (("trainer", self.trainer_class), *self.explained.items()):
             docs = option_docs(cls) if isinstance(cls, type) else {}
             for action in parser._actions:
                 name = action.dest.removeprefix(f"{key}.")

@@ -37,6 +37,7 @@ from torch.utils.data import BatchSampler, IterableDataset as _IterableDataset
 from torchmetrics import Metric
 
 from .data.loading import EpochBatches, loader_states, random_states, set_loader_states, set_random_states
+from .lightning_parts import change_loaders
 from .core import has_module, not_found, quiet
 
 # %% ../nbs/28_tuning.ipynb #da008cb4
@@ -156,9 +157,10 @@ def resized_loaders(
         return
     given = data.train if data.datamodule is None else None
     like = given.batch_size if isinstance(given, torch.utils.data.DataLoader) else None
-    strategy = trainer.strategy
-    process = functools.partial(_in_size, trainer, size, like, strategy.process_dataloader)
-    with _with_attribute(strategy, "process_dataloader", process): yield
+    theirs = trainer.strategy.process_dataloader
+    change_loaders(trainer.strategy, functools.partial(_in_size, trainer, size, like, theirs))
+    try: yield
+    finally: change_loaders(trainer.strategy, theirs)
 
 # %% ../nbs/28_tuning.ipynb #6aa34172
 _COPY_ERRORS = (TypeError, RuntimeError, ValueError, NotImplementedError, AttributeError, RecursionError)

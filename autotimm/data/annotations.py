@@ -32,8 +32,8 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from ..core import atomic_path, lookup, near_matches, require
-from .readers import (IMAGE_SUFFIXES, SPLIT_FOLDERS, BadImageError, DenseDataset, Sample, image_root, label_text, latest_voc, list_images,
-                                   pick_column, read_table, sort_labels)
+from .readers import (BROKEN_IMAGE, IMAGE_SUFFIXES, SPLIT_FOLDERS, BadImageError, DenseDataset, Sample, image_root, label_text,
+                                   latest_voc, list_images, open_image, pick_column, read_table, read_text, sort_labels)
 from .transforms import OBJECT_PARTS, DensePipeline, as_dense_sample, is_albumentations, mixup_samples, mosaic, take_objects, to_model_input
 
 # %% ../../nbs/13_data_annotations.ipynb #f7b7bd18
@@ -221,7 +221,7 @@ def image_size(
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except FileNotFoundError as e: raise BadImageError("the file does not exist") from e
     except UnidentifiedImageError as e: raise BadImageError("it is not an image, or of a format that Pillow does not read") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise BadImageError(str(e)) from e
+    except BROKEN_IMAGE as e: raise BadImageError(str(e) or type(e).__name__) from e
     return (width, height) if turned else (height, width)
 
 # Columns with a row an image, and with a row an object; those with starts of their own are ragged.
@@ -430,10 +430,9 @@ class Annotations:
 
 def _load_mask(path: str, value: int) -> np.ndarray:
     "(H, W) bool: the pixels of a mask file that have a value, or, for 0, any but 0. Raises `BadImageError`."
-    try:
-        with Image.open(path) as image: pixels = np.asarray(image)
+    try: pixels = np.asarray(open_image(Path(path).read_bytes()))
     except FileNotFoundError as e: raise BadImageError(f"{path!r} does not exist") from e
-    except (OSError, SyntaxError, ValueError) as e: raise BadImageError(f"{path!r} cannot be read: {e}") from e
+    except (OSError, BadImageError) as e: raise BadImageError(f"{path!r} cannot be read: {e}") from e
     # Of a picture with a palette these are the numbers of its colours; of one with several channels the last may be alpha.
     if pixels.ndim == 3: pixels = np.asarray(pixels[..., :pixels.shape[2] - (pixels.shape[2] in (2, 4))].any(-1))
     return np.asarray(pixels == value if value else pixels != 0)
@@ -631,16 +630,27 @@ def _members(text: str) -> Iterator[tuple[str, Any]]:
 def _load_coco(path: Path, with_masks: bool) -> tuple[dict[str, Any], "_Objects"]:
     "What a COCO file has beside its annotations, and these as arrays. Raises `AnnotationError` that names file and line."
     if not path.is_file(): raise ValueError(f"The annotation file {str(path)!r} does not exist.")
-    objects, rest = _Objects(with_masks), {}
+    objects, rest, there = _Objects(with_masks), dict[str, Any](), False
     try:
-        for key, value in _members(path.read_bytes().decode("utf-8-sig")):
+        text = path.read_bytes().decode("utf-8-sig")
+        objects.truths = "true" in text or "false" in text
+        for key, value in _members(text):
+            there |= key == "annotations"
             if key == "annotations" and isinstance(value, list): objects.add(value)
             else: rest[key] = value
     except json.JSONDecodeError as e: raise AnnotationError(f"{path} is no JSON: line {e.lineno}, column {e.colno}: {e.msg}. Is the file cut short?") from e
     except UnicodeDecodeError as e: raise AnnotationError(f"{path} is not encoded as UTF-8: {e}.") from e
+    except RecursionError as e:
+        raise AnnotationError(f"{path} is no COCO file: its brackets are nested too deep.") from e
     if not isinstance(rest.get("images"), list) or not isinstance(rest.setdefault("categories", []), list) or "annotations" in rest:
         has = ", ".join(f"{k!r} ({type(o).__name__})" if k else f"a {type(o).__name__}" for k, o in list(rest.items())[:10]) or "nothing"
         raise AnnotationError(f"{path} is no COCO file: expected a dict with lists of 'images', 'annotations' and 'categories', got {has}.")
+    # Of test sets a list of images alone is published; another list may be a misspelt one.
+    known = ("images", "categories", "licenses")
+    others = ", ".join(repr(k) for k, o in rest.items() if isinstance(o, list) and k not in known)
+    if not there and others:
+        what = f"{path} has no list 'annotations', but {others}"
+        objects.problems.append(Problem("no annotations", what))
     return rest, objects
 
 def _records(records: list[Any], key: str, problems: list[Problem]) -> list[dict[str, Any]]:
@@ -657,6 +667,8 @@ def _numbers(values: Sequence[Any]) -> np.ndarray:
 
 def _positions(keys: Sequence[Any], index: Mapping[Any, int]) -> np.ndarray:
     "int64 place of each key, -1 for unknown ones."
+    # True is 1 to a dict.
+    if bool in {*map(type, keys)}: keys = [None if o.__class__ is bool else o for o in keys]
     try: return np.fromiter(map(index.get, keys, repeat(-1)), np.int64, len(keys))
     except TypeError: return np.array([index.get(o, -1) if isinstance(o, (int, str, float)) else -1 for o in keys], np.int64)
 
@@ -674,6 +686,10 @@ def _categories(records: list[dict[str, Any]], problems: list[Problem]) -> dict[
     return found
 
 # %% ../../nbs/13_data_annotations.ipynb #6e17740f
+def _has_truth(value: Any) -> bool:
+    "Whether there is a true or false in nested lists; to NumPy these are 1 and 0."
+    return any(map(_has_truth, value)) if isinstance(value, list) else isinstance(value, bool)
+
 def _outlines(segmentation: Any) -> Sequence[Any]:
     "The list of outlines; a single one that is not in a list is put in one."
     return () if type(segmentation) is not list or not segmentation else [segmentation]
@@ -753,7 +769,11 @@ def _coco_images(records: list[dict[str, Any]], draft: _Draft) -> dict[Any, int]
     "Put the images into a draft; their places by id."
     draft.files = [o.get("file_name") if isinstance(o.get("file_name"), str) else "" for o in records]  # type: ignore[misc]
     draft.image_ids = [o.get("id") for o in records]
-    numbers = [_numbers([o.get(k) or 0 for o in records]) for k in ("height", "width")]
+    numbers = [_numbers([0 if (size := o.get(k)) is None else size for o in records])
+               for k in ("height", "width")]
+    odd = ~((np.stack(numbers, 1) >= 0) & (np.stack(numbers, 1) < 2**31)).all(1)
+    draft.problems += [Problem("broken image size", f"{records[i]!r:.120}")
+                       for i in np.flatnonzero(odd).tolist()]
     draft.sizes = np.nan_to_num(np.stack(numbers, 1)).clip(0, 2**31 - 1).astype(np.int64)
     index: dict[Any, int] = {}
     for i, (key, name) in enumerate(zip(draft.image_ids, draft.files)):
@@ -791,6 +811,7 @@ class _Objects:
     "The annotations of a COCO file, part by part, as arrays; ids are not yet looked up."
     def __init__(self, with_masks: bool) -> None:
         self.with_masks, self.problems = with_masks, list[Problem]()
+        self.truths = False                   # whether true or false stands anywhere in the file
         self.ids, self.image_ids, self.category_ids = list[Any](), list[Any](), list[Any]()
         self.boxes, self.iscrowd, self.areas, self.masks = _Grown(float), _Grown(float), _Grown(float), _GrownMasks()
         self.broken: dict[int, str] = {}      # segmentations that cannot be read
@@ -806,13 +827,30 @@ class _Objects:
         self.ids += ids
         self.image_ids += image_ids
         self.category_ids += category_ids
+        if self.truths:
+            boxes, areas = (tuple(np.nan if _has_truth(o) else o for o in values)
+                            for values in (boxes, areas))
         corners = [o if o.__class__ is list and len(o) == 4 else [np.nan] * 4 for o in boxes]
         self.boxes.add(_numbers(list(chain.from_iterable(corners))))
-        self.areas.add(_numbers(areas))
-        self.iscrowd.add(_numbers(iscrowd))
+        sizes, crowds = _numbers(areas), _numbers(iscrowd)
+        self._tell_odd("area", ids, areas, (sizes >= 0) & (sizes < np.inf), "a number from 0 on")
+        self._tell_odd("iscrowd", ids, iscrowd, (crowds == 0) | (crowds == 1), "0 or 1")
+        self.areas.add(sizes)
+        self.iscrowd.add(crowds)
         masks, bad = _coco_masks(segmentations if self.with_masks else [None] * len(rows))
         self.masks.add(masks)
+        if self.truths and self.with_masks:
+            bad |= {j for j, o in enumerate(segmentations) if _has_truth(o)}
         self.broken |= {start + j: f"{segmentations[j]!r:.60}" for j in bad}
+
+    def _tell_odd(self, key: str, ids: Sequence[Any], values: Sequence[Any], good: np.ndarray,
+                  expected: str) -> None:
+        "Tell of values that are neither good nor missing."
+        if good.all(): return
+        for j in np.flatnonzero(~good).tolist():
+            if values[j] is None: continue
+            what = f"annotation {ids[j]!r}: expected {expected}, got {values[j]!r:.60}"
+            self.problems.append(Problem(f"broken {key}", what))
 
 def _coco_draft(path: Path, root: str | None, classes: "Annotations | Sequence[str] | None", with_masks: bool) -> _Draft:
     "A COCO file as arrays."
@@ -881,6 +919,7 @@ class _Rows:
         self.rings: list[list[list[float]]] = []
         self.mask_files: list[tuple[str, int]] = []
         self.problems: list[Problem] = []
+        self.known = ""                       # where the known classes come from
         self.bad_images: dict[int, Problem] = {}
 
     def add_image(self, file: str | os.PathLike[str], size: tuple[int, int] | None = None) -> int:
@@ -916,7 +955,7 @@ class _Rows:
         count = len(self.labels)
         labels = np.array([index.get(o, -1) for o in self.labels], np.int64)
         for j in np.flatnonzero(labels < 0).tolist():
-            self.problem("unknown category", f"{self.names[j]}: {self.labels[j]!r}. Known are: {', '.join(map(repr, list(index)[:20]))}{', ...' if len(index) > 20 else ''}")
+            self.problem("unknown category", f"{self.names[j]}: {self.labels[j]!r}. Known are: {', '.join(map(repr, list(index)[:20]))}{', ...' if len(index) > 20 else ''}{self.known}")
         columns = _coco_masks(self.rings)[0]
         columns.put("mask_files", Ragged.from_texts(o for o, _ in self.mask_files))
         columns.put("mask_values", np.array([o for _, o in self.mask_files], np.int32))
@@ -950,7 +989,7 @@ def _voc_members(root: Path, split: str | None, masks: bool) -> tuple[list[Path]
     if split is None: found = sorted((folder if folder.is_dir() else root).glob("*.xml"))
     else:
         if (members := _voc_list(root, split, masks)) is not None:
-            lines = members.read_text().splitlines()
+            lines = read_text(members).splitlines()
             found = [folder / f"{o.split()[0]}.xml" for o in lines if o.strip()]
         else:
             place = _find_folder(root, split)
@@ -972,6 +1011,9 @@ def _read_xml(path: Path, images: Path, rows: _Rows, first_pixel: int, difficult
     try: document = ElementTree.parse(path).getroot()
     except FileNotFoundError: return rows.problem("annotation file missing", str(path))
     except ElementTree.ParseError as e: return rows.problem("broken XML", f"{path}, line {e.position[0]}: {str(e).partition(': line')[0]}")
+    known = {"object", "size", "filename"} & {o.tag for o in document}
+    if document.tag != "annotation" and not known:
+        return rows.problem("broken XML", f"{path}: expected <annotation>, got <{document.tag}>")
     name = (document.findtext("filename") or "").strip()
     places = [images / name] * bool(name) + [images / f"{path.stem}{o}" for o in (".jpg", *sorted(IMAGE_SUFFIXES))] + [path.parent / name] * bool(name)
     file = next((o for o in places if o.is_file()), places[0])
@@ -1018,15 +1060,21 @@ def _yolo_config(source: Path, classes: "Annotations | Sequence[str] | None") ->
     if file is None:
         listed = folder / "classes.txt"
         if not listed.is_file() and classes is None: raise ValueError(f"The classes of {str(folder)!r} have no names: expected data.yaml or classes.txt in it, or classes= (class_names= of a data module).")
-        names: Any = [o for o in listed.read_text().splitlines() if o.strip()] if listed.is_file() else list(classes.class_names if isinstance(classes, Annotations) else classes or ())
+        names: Any = [o for o in read_text(listed).splitlines() if o.strip()] if listed.is_file() else list(classes.class_names if isinstance(classes, Annotations) else classes or ())
         return folder, {}, {str(o): k for k, o in enumerate(names)}
     yaml = require("yaml", why="Reading a YOLO data.yaml")
-    try: config = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as e: raise AnnotationError(f"{file} is no YAML: {e}") from e
+    try: config = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, RecursionError) as e:
+        raise AnnotationError(f"{file} is no YAML: {e}") from e
     names = config.get("names") if isinstance(config, dict) else None
     if not isinstance(names, (list, dict)): raise AnnotationError(f"{file} names no classes: expected a list or dict 'names', got {names!r}.")
     numbered = names if isinstance(names, dict) else dict(enumerate(names))
     if not all(type(k) is int for k in numbered) or len(set(map(str, numbered.values()))) < len(numbered): raise AnnotationError(f"{file}: the keys of 'names' must be numbers and its values differ, got {names!r}.")
+    odd = [k for k, o in numbered.items()
+           if not isinstance(o, (str, int, float)) or not str(o).strip()]
+    if odd:
+        raise AnnotationError(f"{file}: class {odd[0]} of 'names' has no name, got "
+                              f"{numbered[odd[0]]!r}.")
     stated = config.get("path")
     # Published files say '../datasets/name' and lie beside the folder, or in it.
     root = folder if not stated else next((o for o in (folder / stated, Path(stated), folder / Path(stated).name) if o.is_dir()), folder)
@@ -1045,7 +1093,7 @@ def _yolo_images(root: Path, config: Mapping[str, Any], split: str) -> list[Path
         place = next((o for o in (root / entry, root / str(entry).removeprefix("../")) if o.exists()), None)
         if place is None: raise ValueError(f"{split!r} of data.yaml is {str(entry)!r}, which is not in {str(root)!r}.")
         if place.is_dir(): images += list_images(place)[0]
-        else: images += [o if (o := Path(line.strip())).is_absolute() else root / o for line in place.read_text().splitlines() if line.strip()]
+        else: images += [o if (o := Path(line.strip())).is_absolute() else root / o for line in read_text(place).splitlines() if line.strip()]
     return images
 
 def _label_file(image: Path) -> Path:
@@ -1082,12 +1130,17 @@ def read_yolo(
     for image in _yolo_images(root, config, split):
         i, file = rows.add_image(image), _label_file(image)
         if not file.is_file(): continue
-        for k, line in enumerate(file.read_text().splitlines(), 1):
+        try: lines = read_text(file).splitlines()
+        except ValueError as e:
+            rows.problem("broken file", str(e))
+            continue
+        for k, line in enumerate(lines, 1):
             if not line.strip(): continue
             try: key, box, rings = _yolo_line(line, *rows.sizes[i])
             except ValueError as e: rows.problem("broken line", f"{file}, line {k}: {e}")
             else: rows.add_object(i, box, key, f"{file.name}, line {k}", rings=rings)
     if not rows.files: raise ValueError(f"There are no images for {split} in {str(root)!r}.")
+    rows.known = " (numbers of data.yaml, classes.txt or classes=)"
     return rows.settle(names, ids, on_problem, masks, {found[o]: k for k, o in enumerate(names) if o in found})
 
 # %% ../../nbs/13_data_annotations.ipynb #35b7bfeb
@@ -1235,7 +1288,7 @@ def _find_voc(root: Path, masks: bool, options: Mapping[str, Any]) -> dict[str, 
     if not lists and not folders and any((root / "Annotations").glob("*.xml")): return {"train": partial(read_voc, root, None)}
     # The test list of this set names images that come without annotations.
     listed = [k for k, file in lists.items() if k != "test" or all((root / "Annotations" / f"{o.split()[0]}.xml").is_file()
-                                                                   for o in file.read_text().splitlines() if o.strip())]
+                                                                   for o in read_text(file).splitlines() if o.strip())]
     return {k: partial(read_voc, root, k) for k in SPLIT_FOLDERS if k in listed or k in folders}
 
 def _find_yolo(root: Path, masks: bool, options: Mapping[str, Any]) -> dict[str, Callable[..., "Annotations"]]:

@@ -49,9 +49,13 @@ def _to_uint8(
 def _pil_to_uint8(image: Image.Image, channels: int) -> Tensor:
     "A Pillow image of any mode as (channels, H, W) uint8."
     if image.mode.startswith("I;16"): return _set_channels(_to_uint8(np.asarray(image).astype(np.uint16))[None], channels)
-    if image.mode == "I": return _set_channels(_to_uint8(np.asarray(image).clip(0, 65535).astype(np.uint16))[None], channels)
+    if image.mode == "I":
+        deep = np.asarray(image)
+        if deep.size and not 0 <= deep.min() <= deep.max() <= 65535:
+            raise ValueError(f"Pixels of 32 bits lie between {deep.min()} and {deep.max()}; expected 0 to 65535.")
+        return _set_channels(_to_uint8(deep.astype(np.uint16))[None], channels)
     if image.mode == "F": return _set_channels(_to_uint8(np.array(image))[None], channels)
-    if image.mode == "LAB": image = image.convert("RGB")
+    if image.mode in ("LAB", "La"): image = image.convert("RGB" if image.mode == "LAB" else "LA")
     if "transparency" in image.info: image = image.convert("RGBA")
     return tvf.pil_to_tensor(image.convert(PIL_MODES[channels]))
 

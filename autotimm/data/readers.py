@@ -61,7 +61,7 @@ def _check_jpeg(data: bytes) -> None:
                                 "Image.MAX_IMAGE_PIXELS of Pillow")
         at += 2 + struct.unpack_from(">H", data, at + 2)[0]
     # Zeros are valid codes, so a file that ends in zeros would be decoded to grey.
-    if data.find(b"\xff\xd9", at) < 0:
+    if data.rfind(b"\xff\xd9", at) < 0:
         raise BadImageError("image file is truncated: its end is missing")
 
 def _check_png(data: bytes) -> None:

@@ -1684,6 +1684,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'autotimm.metrics._alone': ('metrics.html#_alone', 'autotimm/metrics.py'),
                                   'autotimm.metrics._coco_backend': ('metrics.html#_coco_backend', 'autotimm/metrics.py'),
                                   'autotimm.metrics._fill_in': ('metrics.html#_fill_in', 'autotimm/metrics.py'),
+                                  'autotimm.metrics._grouped': ('metrics.html#_grouped', 'autotimm/metrics.py'),
                                   'autotimm.metrics._hard_prediction': ('metrics.html#_hard_prediction', 'autotimm/metrics.py'),
                                   'autotimm.metrics._hard_target': ('metrics.html#_hard_target', 'autotimm/metrics.py'),
                                   'autotimm.metrics._merged': ('metrics.html#_merged', 'autotimm/metrics.py'),

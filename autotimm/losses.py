@@ -57,7 +57,7 @@ _LOCAL: ContextVar[bool] = ContextVar("local_counts", default=False)
 
 @contextmanager
 def local_counts() -> Iterator[None]:
-    "Losses divide by what this process counts, whatever process group there is: for what not all of its processes run."
+    "Losses divide by what this process counts: for what not all processes of a group run."
     token = _LOCAL.set(True)
     try: yield
     finally: _LOCAL.reset(token)
@@ -69,8 +69,9 @@ def _over_processes(
     "The count of all processes and their number in training; elsewhere that of this one, and 1."
     count = count.detach()
     if not count.is_floating_point(): count = count.float()
-    alone = not (training and torch.is_grad_enabled()) or _LOCAL.get()
-    if alone or not (torch.distributed.is_available() and torch.distributed.is_initialized()): return count, 1
+    together = training and torch.is_grad_enabled() and not _LOCAL.get()
+    if not together or not torch.distributed.is_available(): return count, 1
+    if not torch.distributed.is_initialized(): return count, 1
     count = count.clone()
     torch.distributed.all_reduce(count)
     return count, torch.distributed.get_world_size()
@@ -112,7 +113,8 @@ class CrossEntropyLoss(nn.Module):
         if soft := target.ndim == logits.ndim: target = _per_class(target, logits)
         kw: dict[str, Any] = {} if soft else {"ignore_index": self.ignore_index}
         total = F.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=self.label_smoothing, **kw)
-        return _mean(total, self.count(logits, target), self.training, torch.finfo(total.dtype).tiny)
+        least = torch.finfo(total.dtype).tiny
+        return _mean(total, self.count(logits, target), self.training, least)
 
     def count(
         self,
@@ -143,7 +145,8 @@ class BCEWithLogitsLoss(nn.Module):
         target: Tensor,                 # (N, C) from 0 to 1, or (N,) class ids
     ) -> Tensor:                        # scalar
         logits, weight = _full(logits), cast("Tensor | None", self.weight)
-        total = F.binary_cross_entropy_with_logits(logits, _per_class(target, logits), pos_weight=weight, reduction="sum")
+        total = F.binary_cross_entropy_with_logits(logits, _per_class(target, logits), reduction="sum",
+                                                   pos_weight=weight)
         return _mean(total, logits.numel(), self.training)
 
 # %% ../nbs/04_losses.ipynb #b1a181a0
@@ -350,7 +353,8 @@ class FocalLossPixelwise(nn.Module):
         error = F.cross_entropy(_full(logits), targets, ignore_index=self.ignore_index, reduction="none")
         loss, kept = self.alpha * (1 - (-error).exp()) ** self.gamma * error, targets != self.ignore_index
         if self.reduction == "none": return loss[kept]
-        return _mean(loss.sum(), kept.sum(), self.training) if self.reduction == "mean" else loss.sum()
+        if self.reduction == "sum": return loss.sum()
+        return _mean(loss.sum(), kept.sum(), self.training)
 
 # %% ../nbs/04_losses.ipynb #e51e9ef8
 class CombinedSegmentationLoss(nn.Module):
@@ -448,7 +452,8 @@ class GIoULoss(nn.Module):
         if pred_boxes.shape != target_boxes.shape or pred_boxes.shape[1:] != (4,):
             raise ValueError(f"GIoULoss compares boxes (N, 4) with boxes (N, 4), got {tuple(pred_boxes.shape)} and {tuple(target_boxes.shape)}.")
         shared, union, hull = _areas(_full(pred_boxes), _full(target_boxes))
-        return _weighted(1 - shared / (union + self.eps) + (hull - union) / (hull + self.eps), weights, self.reduction, self.training)
+        loss = 1 - shared / (union + self.eps) + (hull - union) / (hull + self.eps)
+        return _weighted(loss, weights, self.reduction, self.training)
 
 class CenternessLoss(nn.Module):
     "Sigmoid cross entropy between centreness logits and the true centreness."
@@ -467,8 +472,8 @@ class CenternessLoss(nn.Module):
         weights: Tensor | None = None,  # (N,), of the mean or sum
     ) -> Tensor:                        # scalar; (N,) with 'none'
         pred = _full(pred)
-        return _weighted(F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction="none"), weights, self.reduction,
-                         self.training)
+        loss = F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction="none")
+        return _weighted(loss, weights, self.reduction, self.training)
 
 # %% ../nbs/04_losses.ipynb #c59eb9a0
 def _focal(x: Tensor, gamma: float) -> Tensor:
@@ -541,7 +546,8 @@ class FCOSLoss(nn.Module):
         cls, pred, ctr, ids, true, central = (_joined(o) for o in (cls_logits, pred_boxes_xyxy, centerness_logits, labels, boxes_xyxy, centerness))
         index, classes = _positives(ids, cls, pred)
         central = central.flatten()[index]
-        counts, processes = _over_processes(torch.stack([central.new_full((), len(index)), central.sum()]), self.training)
+        own = torch.stack([central.new_full((), len(index)), central.sum()])
+        counts, processes = _over_processes(own, self.training)
         # One object among all processes is one, not a share of it for each.
         count, weight = counts[0].clamp(min=1) / processes, counts[1].clamp(min=1e-6) / processes
         box_loss = _BOX_PARTS[self.reg_loss_fn] if isinstance(self.reg_loss_fn, str) else self.reg_loss_fn
@@ -635,5 +641,5 @@ class MaskLoss(nn.Module):
         pred = _full(pred_masks)
         weight = None if self.pos_weight is None else pred.new_tensor(self.pos_weight)
         target = target_masks.reshape(pred.shape).to(pred.dtype)
-        return _weighted(F.binary_cross_entropy_with_logits(pred, target, pos_weight=weight, reduction="none"), None, self.reduction,
-                         self.training)
+        loss = F.binary_cross_entropy_with_logits(pred, target, pos_weight=weight, reduction="none")
+        return _reduce(loss, self.reduction, self.training)

@@ -226,14 +226,18 @@ def _moved(
     if type(value) in (list, tuple): return type(value)(_moved(o, device) for o in value)
     return {k: _moved(v, device) for k, v in value.items()} if type(value) is dict else value
 
+def _grouped(several: bool | None) -> bool:
+    "Whether all processes take part; where it is not stated, whether there is a process group."
+    if several is not None: return several
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
 def gather_processes(
-    value: Any,                             # of this process: plain values, tensors, lists, tuples and dicts of them
-    several: bool | None = None,            # whether all processes take part; None: if there is a process group
+    value: Any,                             # of this process: plain values and tensors, nested
+    several: bool | None = None,            # whether all take part; None: if they are a group
 ) -> list[Any]:                             # tensors on the CPU
     "What each process has, in order of rank."
     value = _moved(value, "cpu")
-    if several is None: several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several: return [value]
+    if not _grouped(several): return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)
     return found
@@ -265,7 +269,8 @@ def _take_over(metric: Metric, processes: Sequence[tuple[int, dict[str, Any]]]) 
         own, states = getattr(metric, name), [o[name] for _, o in counted]
         held = own if isinstance(own, list) else [own]
         device = next((o.device for o in held if isinstance(o, Tensor)), metric.device)
-        setattr(metric, name, _moved(states[0] if len(states) == 1 else _merged(states, reduce), device))
+        whole = states[0] if len(states) == 1 else _merged(states, reduce)
+        setattr(metric, name, _moved(whole, device))
 
 def _alone() -> bool:
     "That there is nothing to exchange."
@@ -274,20 +279,19 @@ def _alone() -> bool:
 @contextmanager
 def joined_states(
     metrics: Iterable[nn.Module],           # the same ones on each process, those inside them too
-    several: bool | None = None,            # whether all processes take part; None: if there is a process group
+    several: bool | None = None,            # whether all take part; None: if they are a group
 ) -> Iterator[None]:
-    "Inside, metrics hold what all processes saw, and `compute` exchanges nothing; afterwards each has its own again."
+    "Inside, metrics hold what all processes saw, and exchange nothing; afterwards their own."
     parts = [o for m in metrics for o in m.modules() if isinstance(o, Metric)]
-    kept = [(o, o.distributed_available_fn, o._update_count, o._computed, o.metric_state) for o in parts]
+    kept = [(o, o.distributed_available_fn, (o._update_count, o._computed), o.metric_state) for o in parts]
     own = [(o._update_count, {k: getattr(o, k) for k in o._reductions}) for o in parts]
-    if several is None: several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several and parts:
-        for metric, processes in zip(parts, zip(*gather_processes(own, True))): _take_over(metric, processes)
+    if _grouped(several) and parts:
+        for m, processes in zip(parts, zip(*gather_processes(own, True))): _take_over(m, processes)
     for metric in parts: metric.distributed_available_fn = _alone
     try: yield
     finally:
-        for metric, available, count, computed, state in kept:
-            metric.distributed_available_fn, metric._update_count, metric._computed = available, count, computed
+        for metric, available, counted, state in kept:
+            metric.distributed_available_fn, (metric._update_count, metric._computed) = available, counted
             for k, v in state.items(): setattr(metric, k, v)
 
 # %% ../nbs/08_metrics.ipynb #3a1f6b08
@@ -299,7 +303,7 @@ class EpochMeans(Metric):
 
     def __init__(self):
         super().__init__(sync_on_compute=False)
-        # A column a name: the sum of what was weighted, and of the weights. The names stand in UTF-8, one a line.
+        # A column a name: the sum of what was weighted, and of the weights. Names are UTF-8 lines.
         self.add_state("sums", torch.zeros(2, 0), dist_reduce_fx=None)
         self.add_state("letters", torch.zeros(0, dtype=torch.uint8), dist_reduce_fx=None)
         self._read: tuple[Tensor, list[str]] | None = None
@@ -316,7 +320,8 @@ class EpochMeans(Metric):
     def _enter(self, new: Sequence[str]) -> None:
         "Make room for further names."
         names = [*self.names, *new]
-        self.letters = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8, device=self.sums.device)
+        letters = list("\n".join(names).encode())
+        self.letters = torch.tensor(letters, dtype=torch.uint8, device=self.sums.device)
         self.sums = torch.cat([self.sums, self.sums.new_zeros(2, len(new))], 1)
         self._read = self.letters, names
 
@@ -328,7 +333,8 @@ class EpochMeans(Metric):
         "Add those of a batch."
         if new := [k for k in values if k not in self.names]: self._enter(new)
         zero = self.sums.new_zeros(())
-        each = torch.stack([values[k].detach().to(zero) if k in values else zero for k in self.names])
+        each = torch.stack([values[k].detach().to(zero) if k in values else zero
+                            for k in self.names])
         there = torch.stack([zero + 1 if k in values else zero for k in self.names])
         self.sums = self.sums + torch.stack([each * weight, there * weight])
 
@@ -551,7 +557,7 @@ class MetricManager(nn.Module):
     def compute(
         self,
         stage: str,                             # train, val or test
-        several: bool | None = None,            # whether all processes take part, also those without a batch; None: if there is a process group
+        several: bool | None = None,            # whether all take part; None: if they are a group
     ) -> dict[str, Tensor]:                     # {stage}/{name} -> number
         "Values of the epoch, over all processes, ready to log; the states start afresh."
         found: dict[str, Tensor] = {}

@@ -44,8 +44,8 @@ from ..export import export_to_onnx, export_to_torchscript
 from ..heads import Pyramid
 from ..hub import TASKS, load_pretrained, push_to_hub, save_pretrained
 from ..losses import local_counts
-from ..metrics import (STAGES, EpochMeans, LoggingConfig, MetricConfig, MetricManager, confusion_matrix, deal_in_turn,
-                              gather_processes, joined_states, means_of)
+from ..metrics import (STAGES, EpochMeans, LoggingConfig, MetricConfig, MetricManager, confusion_matrix,
+                              deal_in_turn, gather_processes, joined_states, means_of)
 from ..optim import create_optimizer, create_scheduler, parameter_groups, step_scheduler
 from ..prediction import PrepareDense, predict_images, predict_loader, prepare_dense
 from ..viz import plot_confusion_matrix
@@ -461,7 +461,7 @@ class Step:
     target: Any                       # what they compare it with
     size: int                         # images in the batch
     logits: Any = None                # for metrics that ask for them
-    weight: Any = None                # of the losses in the means of an epoch; None: the images in the batch
+    weight: Any = None                # of the losses in an epoch's means; None: `size`
 
 def as_metric_configs(
     metrics: MetricManager | Sequence[MetricConfig | Mapping[str, Any]] | None,  # as a user gives them
@@ -768,7 +768,7 @@ class VisionTask(PortableModule):
         "Check that data and model agree on the classes, and take their names."
         super().setup(stage)
         self._checked = set()
-        self.forget(*{"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()))
+        self.forget(*{"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, []))
         data = getattr(self.trainer, "datamodule", None)
         count, names = getattr(data, "num_classes", None), getattr(data, "class_names", None)
         if isinstance(count, int) and count != self.num_classes:
@@ -793,15 +793,16 @@ class VisionTask(PortableModule):
 
     def _several(self) -> bool:
         "Whether other processes take part in this run."
-        taking_part = 1 if self._trainer is None else self._trainer.world_size
-        return taking_part > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._trainer is None or self._trainer.world_size == 1: return False
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         "The loss of a training batch."
         # A process group may be left from an earlier run, and its other processes elsewhere.
         alone = self._trainer is not None and not self._several()
         try:
-            with local_counts() if alone else nullcontext(): return self._step(batch, "train").losses["loss"]
+            with local_counts() if alone else nullcontext():
+                return self._step(batch, "train").losses["loss"]
         except ValueError as e:
             if "Expected more than 1 value per channel" not in str(e): raise
             raise ValueError("Batch normalisation needs several values a channel, and this training batch has one image that it sees as one pixel. "
@@ -818,14 +819,15 @@ class VisionTask(PortableModule):
         return {"preds": step.scores, "targets": step.target}
 
     def stands_in(self, stage: str, dataloader_idx: int) -> bool:
-        "Whether a loader gives a process that has no image of its own a batch to take part with; it counts nowhere."
+        "Whether a loader's batch only lets a process without an image take part; it counts nowhere."
         loaders = getattr(self._trainer, f"{stage}_dataloaders", None)
         if isinstance(loaders, Mapping): loaders = list(loaders.values())
         if isinstance(loaders, (list, tuple)): loaders = loaders[dataloader_idx]
         return bool(getattr(loaders, "stand_in", False))
 
     def _step(self, batch: Any, stage: str, dataloader_idx: int = 0) -> Step:
-        if stage != "train" and self.stands_in(stage, dataloader_idx): return self._step_along(batch, stage)
+        if stage != "train" and self.stands_in(stage, dataloader_idx):
+            return self._step_along(batch, stage)
         step = self.compute(batch, stage)
         self.losses_of(stage).update(step.losses, step.size if step.weight is None else step.weight)
         of_step = self.metrics.update(stage, step.scores, step.target, step.logits)
@@ -841,21 +843,23 @@ class VisionTask(PortableModule):
         return dataclasses.replace(step, scores=step.scores[:0], target=step.target[:0], size=0)
 
     def _log_epoch(self, stage: str) -> None:
-        "Log the mean losses and the metrics of an epoch, once; every process takes part, whatever it saw."
+        "Log the mean losses and the metrics of an epoch, once; every process takes part."
         losses, bar = self.losses_of(stage), self.logging_config.verbosity
         # The epoch of training was logged after its last batch, on all processes alike.
         if stage == "train" and not losses.names: return
         means = means_of(gather_processes(losses.totals(), self._several()))
         with torch.inference_mode(False): losses.reset()
         if not means: return
-        for name, value in means.items(): self._log_known(f"{stage}/{name}", value, bar > 1 or bar > 0 and name == "loss")
+        for name, value in means.items():
+            self._log_known(f"{stage}/{name}", value, bar > 1 or bar > 0 and name == "loss")
         for name, value in self.metrics.compute(stage, self._several()).items():
             self._log_known(name, value, bar > 0 and self.metrics.prog_bar(name))
 
     def _log_known(self, name: str, value: Tensor, prog_bar: bool) -> None:
         "Log a number of the epoch that all processes have, on the device of the strategy."
-        # As a tensor Lightning would advise to synchronise it, which it is; a metric says of itself that it needs none.
-        known = MeanMetric(nan_strategy="disable", sync_on_compute=False).to(self.trainer.strategy.root_device)
+        # Lightning would advise to synchronise a tensor, as this is already; a metric states it.
+        known = MeanMetric(nan_strategy="disable", sync_on_compute=False)
+        known.to(self.trainer.strategy.root_device)
         known.update(value.float().to(known.device))
         self.log(name, known, on_step=False, on_epoch=True, prog_bar=prog_bar, metric_attribute="metrics")
 

@@ -133,9 +133,10 @@ class ImageClassifier(VisionTask):
         scores = self.probabilities(logits.detach())
         if stage == "val" and self.confusion is not None: self.confusion.update(scores, y)
         self.keep_for_figures(stage, x, scores, y)
-        # With class weights the mean of an epoch is that of all its images at once, however they are dealt into batches.
+        # With class weights an epoch's mean is that of all images at once, whatever the batches.
         loss_fn: Any = self.loss_fn
-        weight = loss_fn.count(logits, target) if stage != "train" and isinstance(loss_fn, CrossEntropyLoss) else None
+        counts = stage != "train" and isinstance(loss_fn, CrossEntropyLoss)
+        weight = loss_fn.count(logits, target) if counts else None
         return Step({"loss": loss}, scores, y, len(x), logits.detach(), weight)
 
     def predict_tensor(self, x: Tensor) -> Tensor:

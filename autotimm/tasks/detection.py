@@ -214,10 +214,13 @@ class DetectionTask(DenseTask):
         found = self.predictor.loss(outputs, [o["boxes"] for o in targets], [o["labels"] for o in targets])
         return {"loss": found.pop("total_loss"), **found}
 
-    def mean_losses(self, maps: list[Tensor], outputs: Outputs, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def mean_losses(
+        self, maps: list[Tensor], outputs: Outputs, targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
         "The mean over images of the losses of each alone."
-        def of_image(given: Any, i: int) -> Any: return apply_to_collection(given, Tensor, lambda o: o[i:i + 1])
-        each = [self.losses(of_image(maps, i), of_image(outputs, i), targets[i:i + 1]) for i in range(len(targets))]
+        def of_image(i: int) -> tuple[list[Tensor], Outputs]:
+            return apply_to_collection((maps, outputs), Tensor, lambda o: o[i:i + 1])
+        each = [self.losses(*of_image(i), targets[i:i + 1]) for i in range(len(targets))]
         return {k: torch.stack([o[k].float() for o in each]).mean() for k in each[0]}
 
     def detect(self, maps: list[Tensor], outputs: Outputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
@@ -252,8 +255,9 @@ class DetectionTask(DenseTask):
         outputs = self.predictions(maps)
         # A crowd becomes a box without a place in it: to leave it out would make a GPU wait for each image.
         kept = [{**o, "boxes": o["boxes"].masked_fill(o["iscrowd"][:, None], 0)} for o in targets]
-        # In evaluation the mean of what each image alone costs: which share a batch depends on the number of processes.
-        try: losses = self.losses(maps, outputs, kept) if stage == "train" else self.mean_losses(maps, outputs, kept)
+        # In evaluation each image alone: which share a batch depends on the number of processes.
+        losses_of = self.losses if stage == "train" else self.mean_losses
+        try: losses = losses_of(maps, outputs, kept)
         except IndexError:
             # A label out of range in a later batch than the one that was looked at.
             self.check(batch)

@@ -71,7 +71,8 @@ def pick_places(
 ) -> list[Tensor]:                  # an image: (K_i,) int64, places with an object
     "Places with an object; where an image has more than `most`, chance decides which."
     generator = None if seed is None else torch.Generator(matched.device).manual_seed(seed)
-    chance = torch.rand(matched.shape, device=matched.device, generator=generator).where(matched >= 0, -1.0)
+    chance = torch.rand(matched.shape, device=matched.device, generator=generator)
+    chance = chance.where(matched >= 0, -1.0)
     best, index = chance.topk(min(most, matched.shape[1]), 1)
     # Counted once for all images, since on a GPU the host waits for it.
     return [row[:count] for row, count in zip(index, (best >= 0).sum(1).tolist())]
@@ -160,7 +161,7 @@ class InstanceSegmentor(DetectionTask):
         assigned = self.predictor.assign(outputs[0], boxes, labels)
         found = self.predictor.loss(outputs, boxes, labels, assigned)
         told = self.predictor.decode_boxes(outputs)
-        # An image is validated on the same places each time, and what is trained afterwards does not depend on it.
+        # Validated on the same places each time, and without a draw that training would notice.
         places = pick_places(assigned.matched, self.masks_per_image, None if self.training else 0)
         owners = [o[i] for o, i in zip(assigned.matched, places)]
         picked = [propose(o[i], b[which]) for o, i, b, which in zip(told, places, boxes, owners)]

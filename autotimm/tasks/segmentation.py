@@ -125,7 +125,7 @@ class SemanticSegmentor(DenseTask):
         x, mask = (batch["image"], batch["mask"]) if isinstance(batch, Mapping) else batch
         mask = mask.long()
         logits = resize_map(self(x), mask.shape[-2:])
-        # In evaluation the mean of what each image alone costs: which share a batch depends on the number of processes.
+        # In evaluation each image alone: which share a batch depends on the number of processes.
         parts = [(logits, mask)] if stage == "train" else list(zip(logits.split(1), mask.split(1)))
         try: loss = torch.stack([self.loss_fn(*o) for o in parts]).mean()
         except IndexError:

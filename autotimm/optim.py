@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDS_MORE', 'list_optimizers', 'parameter_groups', 'create_optimizer', 'list_schedulers', 'create_scheduler',
-           'step_scheduler']
+           'step_scheduler', 'add_groups']
 
 # %% ../nbs/07_optim.ipynb #b585c3f2
 import fnmatch
@@ -461,3 +461,38 @@ def step_scheduler(
         else: scheduler.step_update(global_step, value)
     elif value is None: scheduler.step()
     else: scheduler.step(value)
+
+# %% ../nbs/07_optim.ipynb #b4d2f6c9
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")             # of a group
+_RATE_LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")  # of a scheduler, one number a group
+_OTHER_LISTS = ("base_values", "base_momentums", "max_momentums", "lr_lambdas")  # likewise, without the group's scale
+
+def _extend_scheduler(
+    scheduler: Any,                             # of torch or timm
+    count: int,                                 # groups before
+    like: int,                                  # the group that the new one follows
+    scale: float,                               # learning rate of the new one over that one's
+) -> None:
+    "One more entry in each of its lists that have one a group."
+    for inner in getattr(scheduler, "_schedulers", []): _extend_scheduler(inner, count, like, scale)
+    for name in (*_RATE_LISTS, *_OTHER_LISTS):
+        values = getattr(scheduler, name, None)
+        if not isinstance(values, list) or len(values) != count: continue
+        setattr(scheduler, name, [*values, values[like] * scale if name in _RATE_LISTS else values[like]])
+
+def add_groups(
+    optimizer: Optimizer,                       # at work
+    groups: Iterable[Mapping[str, Any]],        # as parameter_groups() makes them
+    schedulers: Iterable[Any] = (),             # that set the optimiser's learning rates
+) -> None:
+    "Let an optimiser train further parameters from here on. Raises `ValueError` for LBFGS, which takes one group."
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS takes one group of parameters, so none can be added to it in a training: thaw the layers before it starts.")
+    for group in groups:
+        old, decays = optimizer.param_groups, bool(group.get("weight_decay"))
+        like = next((i for i, g in enumerate(old) if bool(g.get("weight_decay")) == decays), 0)
+        count, scale = len(old), group.get("lr_scale", 1.0) / old[like].get("lr_scale", 1.0)
+        new = {k: v * scale if k in _RATES else v for k, v in old[like].items()}
+        if "weight_decay" in new and bool(new["weight_decay"]) != decays: new["weight_decay"] = group["weight_decay"]
+        optimizer.add_param_group({**new, **{k: group[k] for k in ("params", "lr_scale") if k in group}})
+        for scheduler in schedulers: _extend_scheduler(scheduler, count, like, scale)

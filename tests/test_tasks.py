@@ -3,12 +3,15 @@ import copy
 import inspect
 import os
 import random
+import traceback
+import warnings
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from autotimm import AutoTrainer, BackboneConfig, FeatureBackboneConfig, ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, YOLOXDetector
@@ -272,3 +275,194 @@ def test_mixed_targets_stay_exact_in_half_precision(kind, precision):
     found, exact = targets(precision), targets("32-true")
     assert {o.dtype for o in found} == {torch.float32} and any(((o > 0) & (o < 1)).any() for o in exact)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
+
+
+# A backbone that is thawed in the middle of a fit.
+
+class Thaw(pl.Callback):
+    "Calls `unfreeze_backbone()` before a step."
+    def __init__(self, step: int): self.step = step
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step: pl_module.unfreeze_backbone()
+
+
+class Rates(pl.Callback):
+    "The learning rates of all groups at each step."
+    def __init__(self): self.seen: list = []
+    def on_train_batch_end(self, trainer, *args): self.seen.append([g["lr"] for g in trainer.optimizers[0].param_groups])
+
+
+def state(module: nn.Module) -> dict: return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["classifier", "segmentor", "fcos", "darknet", "masks"])
+def test_a_backbone_thawed_by_a_callback_learns(kind):
+    model = build(kind, freeze_backbone=True)
+    before = state(model.backbone)
+    seen = []
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append(any(not torch.equal(v, before[k]) for k, v in pl_module.backbone.state_dict().items()))
+    trainer = pl.Trainer(max_epochs=2, callbacks=[Thaw(2), Look()], **QUIET)
+    trainer.fit(model, loader(kind))
+    assert seen == [False, False, True, True] and not model.frozen
+    ids = [id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_what_is_thawed_has_the_rates_of_its_layers():
+    "The same rates and decays as in a fit that trained the backbone from the start, from the step on at which it was thawed."
+    def rates_of(*callbacks, **kwargs) -> list[dict]:
+        model, seen = build(layer_decay=0.7, weight_decay=0.02, scheduler="cosine", scheduler_kwargs=dict(warmup_steps=2), **kwargs), []
+        names = {id(p): n for n, p in model.named_parameters()}
+        class Look(pl.Callback):
+            def on_train_batch_end(self, trainer, *args):
+                seen.append({names[id(p)]: (g["lr"], g["weight_decay"]) for g in trainer.optimizers[0].param_groups for p in g["params"]})
+        pl.Trainer(max_epochs=4, callbacks=[*callbacks, Look()], **QUIET).fit(model, loader())
+        return seen
+    late, whole = rates_of(Thaw(3), freeze_backbone=True), rates_of()
+    assert all(set(o) < set(w) for o, w in zip(late[:3], whole))
+    assert late[3:] == [{k: pytest.approx(v, rel=1e-9, abs=1e-15) for k, v in o.items()} for o in whole[3:]]
+
+
+@pytest.mark.parametrize("when", ["before", "callback"])
+@pytest.mark.parametrize("scheduler", ["cosine", "onecycle", "tanh", None])
+def test_a_run_with_a_thawed_backbone_goes_on(tmp_path, when, scheduler):
+    "From a checkpoint after the thawing: the weights are those of the run that nothing broke."
+    def fit(epochs: int, path=None, save=None):
+        model = build(freeze_backbone=True, scheduler=scheduler, optimizer="adamw", ema_decay=0.5)
+        if when == "before" and path is None: model.unfreeze_backbone()
+        class Save(pl.Callback):
+            def on_train_epoch_end(self, trainer, pl_module):
+                if save and trainer.current_epoch == 1: trainer.save_checkpoint(save)
+        trainer = pl.Trainer(max_epochs=4, callbacks=[Save(), *([Thaw(3)] if when == "callback" else [])], **QUIET)
+        trainer.fit(model, loader(), ckpt_path=path, weights_only=True)
+        return state(model), trainer
+    (whole, _), file = fit(4, save=tmp_path / "m.ckpt"), tmp_path / "m.ckpt"
+    again, trainer = fit(4, path=file)
+    assert trainer.global_step == 8
+    for k, v in again.items(): torch.testing.assert_close(v, whole[k], rtol=0, atol=0, msg=k)
+    assert ImageClassifier.load_from_checkpoint(file).frozen     # a model that is only loaded is as its arguments say
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "written before"])
+def test_unfreeze_after_holds_in_an_epoch_that_goes_on(tmp_path, noted):
+    "From a checkpoint inside the epoch in which the backbone is thawed, which notes it or was written before there was a note."
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3: trainer.save_checkpoint(tmp_path / "m.ckpt")
+    model = build(unfreeze_after=1)
+    pl.Trainer(max_epochs=2, callbacks=[Save()], **QUIET).fit(model, loader())
+    held = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    if not noted: torch.save({k: v for k, v in held.items() if k != "thawed"}, tmp_path / "m.ckpt")
+    model, seen = build(unfreeze_after=1), []
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args): seen.append(pl_module.frozen)
+    pl.Trainer(max_epochs=2, callbacks=[Look()], **QUIET).fit(model, loader(), ckpt_path=tmp_path / "m.ckpt", weights_only=True)
+    assert seen and not any(seen)
+
+
+def test_a_backbone_thawed_by_a_callback_learns_on_two_processes():
+    class Same(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            mine = torch.cat([p.detach().flatten() for p in pl_module.backbone.parameters()])
+            both = trainer.strategy.all_gather(mine)
+            assert torch.equal(both[0], both[1]), "the processes have different weights"
+    model = build(freeze_backbone=True, freeze_norm=True)
+    before = state(model.backbone)
+    trainer = pl.Trainer(max_epochs=2, strategy="ddp_fork", callbacks=[Thaw(1), Same()], **QUIET | dict(devices=2))
+    trainer.fit(model, loader(size=2))
+    assert any(not torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
+
+
+# Labels and devices.
+
+WRONG = {"classifier": lambda b: (b[0], b[1].index_fill(0, torch.tensor([1]), 3)), "multilabel": lambda b: (b[0], b[1] - 2),
+         "segmentor": lambda b: b | {"mask": b["mask"].clone().fill_(7)}, **dict.fromkeys(
+             ("fcos", "yolox", "darknet", "masks"), lambda b: b | {"labels": [o + 1 for o in b["labels"]]})}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_out_of_range_is_found_in_any_batch(kind):
+    "Before the batch leaves the CPU, in the second batch as in the first; the ignored pixels of a mask are no such."
+    first, second = loader(kind)
+    if kind == "segmentor": first["mask"][:, :8] = 255
+    model, moved = build(kind), []
+    move = model.transfer_batch_to_device
+    model.transfer_batch_to_device = lambda *args: moved.append(1) or move(*args)
+    run = lambda *batches: pl.Trainer(max_epochs=1, **QUIET).fit(model, DataLoader(list(batches), None))
+    run(first, second)
+    assert len(moved) == 2
+    with pytest.raises(ValueError, match="must lie in|must be from 0 to 1|must hold"): run(first, WRONG[kind](second))
+    assert len(moved) == 3
+    model.predict_step(first)
+    pl.Trainer(**QUIET).predict(model, DataLoader([WRONG[kind](second)], None))     # there are no labels to look at
+
+
+def test_predict_runs_where_the_model_is(monkeypatch):
+    "An accelerator that stands idle is named once, and the model moved for an explicit `device` alone."
+    model, image, moves = build(), np.zeros((64, 64, 3), dtype=np.uint8), []
+    move = model.to
+    model.to = lambda *args, **kwargs: moves.append(args) or move(*args, **kwargs)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: torch.device("cuda"))
+    with pytest.warns(UserWarning, match=r"predict\(..., device='cuda'\) for one call"): model.predict(image)
+    assert not moves
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.predict(image, device="cpu")
+    assert not moves and next(model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
+def test_only_cuda_is_not_waited_for(device):
+    class Told(torch.Tensor):
+        def to(self, *args, **kwargs): return told.append((args[0].type, kwargs.get("non_blocking", False))) or self
+    told: list = []
+    x, rows = torch.zeros(1, 3, 8, 8).as_subclass(Told), torch.zeros(1, 6).as_subclass(Told)
+    build()._run(lambda x, rows: [], x, rows, torch.device(device))
+    assert told == [(device, device == "cuda"), (device, False)]
+
+
+# What a GPU would trip over, on the CPU.
+
+class Ops(TorchDispatchMode):
+    "Counts what is asked of a device, and by what."
+    def __init__(self, *names: str): super().__init__(); self.names, self.count, self.where = names, 0, []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.names:
+            stack = [f"{o.filename}:{o.lineno}" for o in traceback.extract_stack()[:-1]]
+            # torchmetrics looks at numbers that lie on the CPU, and takes another way on a GPU.
+            if not any("torchmetrics" in o for o in stack):
+                self.count += 1
+                self.where.append((func.overloadpacket.__name__, stack[-4:]))
+        return func(*args, **(kwargs or {}))
+
+
+READS = ("_local_scalar_dense", "item", "is_nonzero", "equal")
+SIZES = ("nonzero", "masked_select", "unique2", "_unique2", "unique_consecutive")
+
+
+def ops_a_step(kind: str, *names: str, **kwargs) -> tuple[int, list]:
+    "How many of these a training step asks for: the difference of a run of three steps and one of five."
+    counts = []
+    for steps in (3, 5):
+        model = build(kind, optimizer="sgd", optimizer_kwargs=dict(momentum=0.9), **kwargs)
+        with Ops(*names) as seen: pl.Trainer(max_steps=steps, max_epochs=-1, **QUIET).fit(model, loader(kind, 24))
+        counts.append(seen)
+    return (counts[1].count - counts[0].count) // 2, counts[1].where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_reads_a_number_from_the_device(kind):
+    mixing = dict(mixup_alpha=0.4) if kind in ("classifier", "multilabel") else {}
+    count, where = ops_a_step(kind, *READS, ema_decay=0.99, **mixing)
+    # The labels are looked at on the CPU, before the batch leaves it: least and most of them.
+    assert count == 2, where[-count - 4:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_step_waits_for_is_known(kind):
+    "The number of places with an object decides the size of what follows: once a step, not once an image or level."
+    count, where = ops_a_step(kind, *SIZES, ema_decay=0.99)
+    assert count == (0 if kind in ("classifier", "multilabel", "segmentor") else 1), where

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COORDINATES', 'HALF', 'PRECISIONS', 'plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'warm_decay',
            'AverageOfModel', 'WeightAverage', 'SeededType', 'exact_coordinates', 'RunConditions', 'TrainableModule',
-           'log_figure', 'evaluating', 'Step', 'as_metric_configs', 'as_list', 'as_batch', 'as_dataclass',
-           'best_device', 'moved_to', 'lock_of', 'predicting', 'PredictingModule', 'last_layers', 'PortableModule',
-           'VisionTask', 'DenseTask']
+           'log_figure', 'evaluating', 'Step', 'as_metric_configs', 'as_list', 'outside', 'as_batch', 'as_dataclass',
+           'best_device', 'device_for', 'moved_to', 'lock_of', 'predicting', 'PredictingModule', 'last_layers',
+           'PortableModule', 'VisionTask', 'DenseTask']
 
 # %% ../../nbs/20_tasks_base.ipynb #62a4a410
 import dataclasses
@@ -17,6 +17,7 @@ import pickle
 import struct
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -46,7 +47,7 @@ from ..hub import TASKS, load_pretrained, push_to_hub, save_pretrained
 from ..losses import local_counts
 from ..metrics import (STAGES, EpochMeans, LoggingConfig, MetricConfig, MetricManager, confusion_matrix,
                               deal_in_turn, gather_processes, joined_states, means_of)
-from ..optim import create_optimizer, create_scheduler, parameter_groups, step_scheduler
+from ..optim import add_groups, create_optimizer, create_scheduler, parameter_groups, step_scheduler
 from ..prediction import PrepareDense, predict_images, predict_loader, prepare_dense
 from ..viz import plot_confusion_matrix
 
@@ -288,7 +289,7 @@ class TrainableModule(StoredModule, metaclass=SeededType):
             compile_model=compile_model, compile_kwargs=compile_kwargs, seed=seed)
         self.deterministic = deterministic
         self._allow = None if allow is None else (allow,) if isinstance(allow, str) else tuple(allow)
-        self.frozen = False
+        self.frozen, self._late, self._expected = False, 0, 0
         self._learns = {n for n, p in self.backbone.named_parameters() if p.requires_grad}
         if freeze_backbone: self.freeze_backbone()
         elif freeze_norm: hold_norm(self.backbone)
@@ -321,14 +322,36 @@ class TrainableModule(StoredModule, metaclass=SeededType):
         self.backbone.requires_grad_(False).eval()
 
     def unfreeze_backbone(self) -> None:
-        "Let the backbone learn again; under DDP its gradients are synchronised from here on."
+        "Let the backbone learn again, also in the middle of a fit; under DDP its gradients are synchronised from here on."
+        self._thaw()
+        trainer = self._trainer
+        if trainer is None: return
+        if trainer.state.fn == "fit" and trainer.state.status == "running" and trainer.optimizers: self._learn_late(trainer)
+        if isinstance(trainer.strategy, pl.strategies.DDPStrategy) and trainer.strategy.model is not self:
+            trainer.strategy.model = self
+            trainer.strategy.configure_ddp()
+
+    def _thaw(self) -> None:
         self.frozen = False
         for name, p in self.backbone.named_parameters(): p.requires_grad_(name in self._learns)
         self.train(self.training)
-        strategy = getattr(self._trainer, "strategy", None)
-        if isinstance(strategy, pl.strategies.DDPStrategy) and strategy.model is not self:
-            strategy.model = self
-            strategy.configure_ddp()
+
+    def _learn_late(self, trainer: pl.Trainer) -> None:
+        "Hand the optimiser at work what it does not have yet."
+        known = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+        missing = sum(id(p) not in known for p in self.backbone.parameters() if p.requires_grad)
+        if missing and len(trainer.optimizers) > 1:
+            rank_zero_warn(f"{missing} parameters of the backbone are in none of the {len(trainer.optimizers)} optimisers of configure_optimizers, "
+                           "and which of them shall train it is not known: add them to one with autotimm.optim.add_groups.")
+        elif missing: self._add_late(trainer.optimizers[0], [o.scheduler for o in trainer.lr_scheduler_configs])
+
+    def _add_late(self, optimizer: torch.optim.Optimizer, schedulers: Iterable[Any]) -> None:
+        "Groups for what the optimiser does not have yet."
+        known = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        wanted = {id(p) for p in self.backbone.parameters()} - known
+        late = part_of(self.groups(), lambda p: id(p) in wanted)
+        add_groups(optimizer, late, schedulers)
+        self._late += len(late)
 
     def train(self, mode: bool = True):
         "Switch to training mode; what is frozen stays in eval mode."
@@ -341,6 +364,14 @@ class TrainableModule(StoredModule, metaclass=SeededType):
         "Compile the backbone, if asked to, when fitting starts."
         if stage == "fit" and self.hparams["compile_model"] and self.backbone._compiled_call_impl is None:
             self.backbone.compile(**(self.hparams["compile_kwargs"] or {}))
+
+    def check_labels(self, batch: Any) -> None:
+        "Raise `ValueError` for a label that is no class; a task that has labels supplies it."
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        "Look at the labels of every batch before it leaves the CPU: a GPU would end the process with an assertion that names nothing."
+        if self._trainer is None or not self._trainer.predicting: self.check_labels(batch)
+        return batch
 
     def on_fit_start(self) -> None:
         "Train in training mode, also a model that comes from a checkpoint and so in eval mode."
@@ -356,8 +387,16 @@ class TrainableModule(StoredModule, metaclass=SeededType):
         "The moving average that `ema_decay` asks for."
         return WeightAverage(decay)
 
+    def on_train_start(self) -> None:
+        "Thaw the backbone of a run that goes on inside an epoch, which does not start again."
+        self.thaw_in_time()
+
     def on_train_epoch_start(self) -> None:
         "Thaw the backbone when its time has come."
+        self.thaw_in_time()
+
+    def thaw_in_time(self) -> None:
+        "Thaw the backbone from epoch `unfreeze_after` on."
         after = self.hparams["unfreeze_after"]
         if self.frozen and after is not None and self.current_epoch >= after:
             self.unfreeze_backbone()
@@ -372,15 +411,37 @@ class TrainableModule(StoredModule, metaclass=SeededType):
         hp = self.hparams
         if isinstance(self.lr, str):
             raise ValueError(f"lr={self.lr!r} is found by AutoTrainer; with another trainer state a number, such as lr=1e-3.")
-        names = {f"backbone.{n}" for n in self.backbone.no_weight_decay()}
-        layers = [[f"backbone.{n}" for n in group] for group in self.backbone.layer_groups()] if hp["layer_decay"] else None
-        groups = parameter_groups(self, self.lr, hp["weight_decay"], no_decay=names, layer_groups=layers,
-                                  layer_decay=hp["layer_decay"], include_frozen=hp["unfreeze_after"] is not None)
+        groups, expected = self.groups(), self._expected
+        self._late = self._expected = 0
+        if expected:
+            late = {id(p) for p in self.backbone.parameters()}
+            groups = part_of(groups, lambda p: id(p) not in late)
         optimizer = create_optimizer(hp["optimizer"], groups, lr=self.lr, weight_decay=hp["weight_decay"],
                                      allow=self._allow, **(hp["optimizer_kwargs"] or {}))
-        if hp["scheduler"] is None: return {"optimizer": optimizer}
-        scheduler: Any = create_scheduler(hp["scheduler"], optimizer, allow=self._allow, **self.schedule())
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        scheduler: Any = create_scheduler(hp["scheduler"], optimizer, allow=self._allow, **self.schedule()) if hp["scheduler"] is not None else None
+        # As in the run that goes on, where the backbone was thawed after its optimiser was made.
+        if expected: self._add_late(optimizer, [scheduler["scheduler"]] if scheduler else [])
+        found: Any = {"optimizer": optimizer} | ({"lr_scheduler": scheduler} if scheduler else {})
+        return found
+
+    def groups(self) -> list[dict[str, Any]]:
+        "The parameter groups of the optimiser: what learns, and with `unfreeze_after` what will."
+        hp, names = self.hparams, {f"backbone.{n}" for n in self.backbone.no_weight_decay()}
+        layers = [[f"backbone.{n}" for n in group] for group in self.backbone.layer_groups()] if hp["layer_decay"] else None
+        return parameter_groups(self, self.lr, hp["weight_decay"], no_decay=names, layer_groups=layers,  # type: ignore[arg-type]
+                                layer_decay=hp["layer_decay"], include_frozen=hp["unfreeze_after"] is not None)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        "Note a backbone that has been thawed, and how many groups of the optimiser came with that."
+        if self.hparams["freeze_backbone"] and not self.frozen: checkpoint["thawed"] = {"late_groups": self._late}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        "Go on with a thawed backbone where the checkpoint's is."
+        super().on_load_checkpoint(checkpoint)
+        note, trainer = checkpoint.get("thawed"), self._trainer
+        if note is None or trainer is None or trainer.state.fn != "fit": return
+        self._expected = note["late_groups"]
+        if self.frozen: self._thaw()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         "Step torch's and timm's schedulers alike."
@@ -393,6 +454,14 @@ def hold_norm(
     "Put BatchNorm layers into eval mode, so that they use their running statistics and leave them as they are."
     for o in module.modules():
         if isinstance(o, nn.modules.batchnorm._BatchNorm): o.eval()
+
+def part_of(
+    groups: Iterable[Mapping[str, Any]],        # of an optimiser
+    wanted: Callable[[nn.Parameter], bool],     # whether a parameter is kept
+) -> list[dict[str, Any]]:                      # those that are not empty
+    "Parameter groups with some of their parameters."
+    parts = [{**g, "params": [p for p in g["params"] if wanted(p)]} for g in groups]
+    return [g for g in parts if g["params"]]
 
 def check_rates(lr: float | str, weight_decay: float, layer_decay: float | None, ema_decay: float | None) -> None:
     "Raise `ValueError` for a rate outside its range."
@@ -483,6 +552,16 @@ def as_list(
     if many and not len(images): raise ValueError("There is no image to preprocess: got an empty list.")
     return images if many else [images]
 
+def outside(
+    values: Any,                      # numbers, a tensor
+    least: float,                     # that is allowed
+    most: float,                      # that is allowed
+) -> bool:                            # False for what lies on another device, which would have to wait
+    "Whether one of some numbers on the CPU lies outside a range."
+    if not isinstance(values, Tensor) or values.device.type != "cpu" or not values.numel(): return False
+    low, high = values.aminmax()
+    return bool(low < least) or bool(high > most)
+
 def as_batch(
     images: Tensor,                   # (C, H, W) or (B, C, H, W), normalised
 ) -> Tensor:                          # (B, C, H, W)
@@ -511,6 +590,18 @@ def best_device(
     own = next((p.device for p in module.parameters()), torch.device("cpu"))
     if own.type != "cpu" or not torch.accelerator.is_available(): return own
     return torch.accelerator.current_accelerator() or own
+
+def device_for(
+    module: nn.Module,            # any module
+    device: str | torch.device | None,  # asked for; None: where the module is
+) -> torch.device:
+    "The device to predict on; an accelerator that stands idle is named once."
+    own = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if device is not None: return torch.device(device)
+    if (best := best_device(module)).type != own.type:
+        warnings.warn(f"The model is on the CPU, and predicts there, while this machine has a {best.type} device: model.to({best.type!r}) moves it "
+                      f"for good, predict(..., device={best.type!r}) for one call.", stacklevel=3)
+    return own
 
 @contextmanager
 def moved_to(
@@ -568,7 +659,7 @@ class PredictingModule(TrainableModule):
         *,
         batch_size: int = 32,               # images at once
         num_workers: int | None = None,     # threads that read images; None: one a processor
-        device: str | torch.device | None = None,  # None: the model's own, or the accelerator of this machine
+        device: str | torch.device | None = None,  # None: where the model is; another one is for this call alone
         precision: str | None = None,       # 'bf16' or 'fp16': mixed precision
         on_bad_image: str = "raise",        # 'raise', 'skip' or 'report': what happens to images that cannot be read
         progress: bool | None = None,       # a bar; None: on a terminal, if it is worth it
@@ -581,7 +672,7 @@ class PredictingModule(TrainableModule):
                 if how.get("tta") is not None: raise ValueError(f"tta={how['tta']!r} is for images; a normalised batch is taken as it is. Turn it yourself, or give the images.")
                 return self.predict_tensor(as_batch(images).to(device or own.device, own.dtype), **how)
         prepare, run = self.plan_prediction(**how)
-        where = torch.device(device) if device is not None else best_device(self)
+        where = device_for(self, device)
         here = lambda x, rows: self._run(run, x, rows, where)
         with predicting(self, where, precision):
             if isinstance(images, DataLoader): return predict_loader(images, here, progress=progress, class_names=self.class_names)
@@ -592,7 +683,8 @@ class PredictingModule(TrainableModule):
     def _run(self, run: Any, x: Tensor, rows: Tensor, device: torch.device) -> list[Any]:
         "The results of a batch."
         dtype = next((p.dtype for p in self.parameters()), x.dtype)
-        return run(x.to(device, dtype, non_blocking=True), rows.to(device))
+        # MPS would go on while the copy is under way, and compute with what is not there yet.
+        return run(x.to(device, dtype, non_blocking=device.type == "cuda"), rows.to(device))
 
     def logits_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
         "Logits (N, C) of a labelled batch, and what is true; a task whose classes can be calibrated supplies it."

@@ -14,7 +14,6 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..core import lookup
 from ..data.datamodule import check_batch
@@ -23,7 +22,7 @@ from ..losses import CrossEntropyLoss, create_loss
 from ..metrics import default_metrics
 from ..prediction import PrepareCrops, prepare_classification
 from ..results import ClassificationResult
-from .base import Step, VisionTask, refuse_note
+from .base import Step, VisionTask, outside, refuse_note
 from ..viz import show_images, show_predictions
 
 # %% ../../nbs/21_tasks_classification.ipynb #8c50340c
@@ -115,6 +114,11 @@ class ImageClassifier(VisionTask):
         "Raise `ValueError` for a batch that is not `(images, labels)`."
         check_batch(batch, self.num_classes, self.multi_label, int(self.data_config["input_size"][0]))
 
+    def check_labels(self, batch: Any) -> None:
+        "Raise `ValueError` for a label that is no class."
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        if outside(labels, 0, 1 if self.multi_label else self.num_classes - 1): self.check(batch)
+
     def compute(self, batch: Any, stage: str) -> Step:
         "Loss, probabilities and targets; a mixed batch is measured against the label with the larger share."
         self.check_once(batch, stage)
@@ -122,7 +126,9 @@ class ImageClassifier(VisionTask):
         if not self.multi_label: y = y.long()
         target = y
         if stage == "train" and self.mixup is not None:
-            x, target = mix_batch(x, y if self.multi_label else F.one_hot(y, self.num_classes), self.mixup)
+            # Not F.one_hot, which looks for the least and the highest class.
+            classes = y if self.multi_label else y[:, None] == torch.arange(self.num_classes, device=y.device)
+            x, target = mix_batch(x, classes, self.mixup)
             y = (target > 0.5).to(y.dtype) if self.multi_label else target.argmax(-1)
         logits = self(x)
         try: loss = self.loss_fn(logits, target)

@@ -24,7 +24,7 @@ from ..losses import FCOSLoss, YOLOXLoss
 from ..metrics import default_metrics
 from ..prediction import detections_to_original, flip_detections, merge_detections
 from ..results import DetectionResult
-from .base import DenseTask, Step, refuse_note
+from .base import DenseTask, Step, outside, refuse_note
 from ..viz import show_boxes
 from ..yolox import YOLOXHead, decode_yolox
 
@@ -208,6 +208,13 @@ class DetectionTask(DenseTask):
     def check(self, batch: Any) -> None:
         "Raise `ValueError` for a batch without images, boxes and labels."
         check_targets(batch, self.num_classes, int(self.data_config["input_size"][0]), self.needs)
+
+    def check_labels(self, batch: Any) -> None:
+        "Raise `ValueError` for a label that is no class."
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor): labels = [labels]
+        if not isinstance(labels, Sequence) or not all(isinstance(o, Tensor) and o.ndim and o.device.type == "cpu" for o in labels): return
+        if labels and outside(torch.cat([o.flatten() for o in labels]), 0, self.num_classes - 1): self.check(batch)
 
     def losses(self, maps: list[Tensor], outputs: Outputs, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         "The losses of a batch, 'loss' their sum; crowds are no targets."

@@ -19,7 +19,7 @@ from ..losses import create_segmentation_loss
 from ..metrics import STAGES, MetricManager, default_metrics
 from ..prediction import PrepareNative, logits_to_classes
 from ..results import SegmentationResult
-from .base import DenseTask, Step, refuse_note
+from .base import DenseTask, Step, outside, refuse_note
 from ..viz import show_masks
 
 # %% ../../nbs/22_tasks_segmentation.ipynb #ab47f89c
@@ -118,6 +118,12 @@ class SemanticSegmentor(DenseTask):
     def check(self, batch: Any) -> None:
         "Raise `ValueError` for a batch without images and masks."
         check_masks(batch, self.num_classes, self.ignore_index, int(self.data_config["input_size"][0]))
+
+    def check_labels(self, batch: Any) -> None:
+        "Raise `ValueError` for a pixel that is neither a class nor ignored."
+        mask = batch.get("mask") if isinstance(batch, Mapping) else batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        if not isinstance(mask, Tensor) or not outside(mask, 0, self.num_classes - 1): return
+        if outside(mask.where(mask != self.ignore_index, 0), 0, self.num_classes - 1): self.check(batch)
 
     def compute(self, batch: Any, stage: str) -> Step:
         "Loss at the size of the masks, and the classes of all pixels that count."

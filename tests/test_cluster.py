@@ -96,7 +96,7 @@ def keys(value: Any, at: str = "") -> set[str]:
 POD = ".spec.runtimePatches[].trainingRuntimeSpec.template.spec.replicatedJobs[].template.spec.template.spec"
 # The part of trainer.kubeflow.org/v1alpha1 that is used, of Kubeflow Trainer 2.3.
 TRAIN_JOB = {".apiVersion", ".kind", ".metadata", ".metadata.name", ".spec", ".spec.runtimeRef", ".spec.runtimeRef.kind", ".spec.runtimeRef.name",
-             ".spec.trainer", *(f".spec.trainer.{o}" for o in ("image", "numNodes", "numProcPerNode", "command", "args", "resourcesPerNode")),
+             ".spec.trainer", *(f".spec.trainer.{o}" for o in ("image", "numNodes", "numProcPerNode", "command", "args", "env", "env[].name", "env[].value", "resourcesPerNode")),
              *(f".spec.trainer.resourcesPerNode.{o}" for o in ("requests", "limits", "requests.cpu", "requests.memory", "limits.nvidia.com/gpu")),
              ".spec.runtimePatches", ".spec.runtimePatches[].manager", *(POD[:i] for i, c in enumerate(POD) if c in ".["), POD,
              ".spec.runtimePatches[].trainingRuntimeSpec.template.spec.replicatedJobs[].name",
@@ -282,3 +282,44 @@ def test_on_two_hosts_the_job_ends_soon_after_a_killed_process(tmp_path, tiny_fo
         wait_for(tmp_path / "sent-1", jobs)
         assert all(ends(jobs, tmp_path, seconds=60))
     assert re.search(r"exitcode\s+: -9 .*SIGKILL", (tmp_path / "log-1").read_text())
+
+
+# ---- what needs trainer and data to be exact from any step ----
+
+@on_hosts
+@pytest.mark.timeout(500)
+def test_two_hosts_train_images_from_a_folder_as_one_process(tmp_path, tiny_folder):
+    "Order and augmentation are those of one process, for each image."
+    same = ("--backbone", "test_convnext", "--batch-size", "6")
+    one = in_one_process(tmp_path / "one", tiny_folder, *same)
+    with two_hosts() as hosts: assert ends(start(hosts, tmp_path / "two", tiny_folder, *same), tmp_path / "two") == [0, 0]
+    two = torch.load(tmp_path / "two" / "result.pt", weights_only=True)
+    assert (one["processes"], two["processes"], len(two["losses"])) == (1, 2, 6)
+    close(one, two)
+
+
+@on_hosts
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_that_torchrun_starts_again_ends_in_the_weights_of_an_unbroken_one(tmp_path, tiny_folder, rank):
+    "Killed inside the second epoch, at step 5 of 6, with a checkpoint of each step."
+    same, often = ("--backbone", "test_resnet", "--batch-size", "6"), {"trainer": {"checkpoint_interval": 1}}
+    with two_hosts() as hosts:
+        assert ends(start(hosts, tmp_path / "whole", tiny_folder, *same, **often), tmp_path / "whole") == [0, 0]
+        broken = start(hosts, tmp_path / "broken", tiny_folder, *same, restarts=1, send={"rank": rank, "step": 5, "name": "SIGKILL"}, **often)
+        assert ends(broken, tmp_path / "broken") == [0, 0]
+    whole, broken = (torch.load(tmp_path / o / "result.pt", weights_only=True) for o in ("whole", "broken"))
+    assert min(broken["losses"]) >= 5, "it began anew"
+    assert all(torch.equal(o, broken["weights"][name]) for name, o in whole["weights"].items())
+
+
+@pytest.mark.timeout(900)
+def test_ray_trains_with_two_processes(tmp_path, tiny_folder):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'autotimm[ray]'")
+    command = [sys.executable, str(CLUSTER / "ray_train.py"), "--processes", "2", "--data", str(tiny_folder), "--output", str(tmp_path), *TINY]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (metrics,) = re.findall(r"^\{.*'step'.*\}$", done.stdout, re.M)
+    assert {"train/loss", "val/loss", "val/accuracy"} <= ast.literal_eval(metrics).keys() and ast.literal_eval(metrics)["epoch"] == 1
+    (last,) = tmp_path.glob("checkpoints/version_*/last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] in (1, 2)

@@ -14,6 +14,9 @@ shift 2
 
 # A process that dies ends the others; torchrun starts them again up to three times, and train.py goes on at its last
 # checkpoint. is_host says who keeps the list of machines, which torchrun can otherwise only guess from host names.
+# By itself torchrun hands the started-again processes the addresses of those before them (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun \
     --nnodes "${NODES:-2}" \
     --nproc-per-node "${PROCESSES:-gpu}" \

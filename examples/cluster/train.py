@@ -44,11 +44,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace, **trainer: Any) -> tuple[ImageClassifier, ImageDataModule, AutoTrainer]:
     "The model, its data and the trainer, for any number of processes."
-    how: dict[str, Any] = {"devices": args.devices, **layout(), **trainer}
-    made = AutoTrainer(
-        max_epochs=args.epochs, accelerator=args.accelerator, default_root_dir=args.output, seed=args.seed,
-        checkpoint_interval=timedelta(minutes=args.minutes), sync_batchnorm=torch.cuda.is_available() and args.accelerator != "cpu",
-        **how)
+    how: dict[str, Any] = dict(
+        max_epochs=args.epochs, accelerator=args.accelerator, devices=args.devices, default_root_dir=args.output, seed=args.seed,
+        checkpoint_interval=timedelta(minutes=args.minutes),
+        sync_batchnorm=torch.cuda.is_available() and args.accelerator != "cpu")
+    made = AutoTrainer(**{**how, **layout(), **trainer})
     if args.batch_size % made.world_size:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared out among {made.world_size} processes: give a multiple.")
     data = ImageDataModule(args.data, batch_size=args.batch_size // made.world_size, image_size=args.image_size,
@@ -62,6 +62,9 @@ def main() -> None:
     "Train, or go on where a run that was stopped had come to."
     model, data, trainer = build(parse())
     trainer.fit(model, datamodule=data, ckpt_path="auto")
+    if trainer.is_global_zero:
+        print(f"{trainer.world_size} processes, {trainer.global_step} steps:",
+              ", ".join(f"{k} {float(v):.4f}" for k, v in sorted(trainer.callback_metrics.items())))
 
 
 if __name__ == "__main__":

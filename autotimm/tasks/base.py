@@ -42,6 +42,7 @@ from ..data.datamodule import count_epochs
 from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapter, TransformConfig, apply_transform_config,
                                       dense_pipeline, get_transforms_from_backbone, to_uint8_image)
 from ..export import export_to_onnx, export_to_torchscript
+from ..lightning_parts import trainer_of
 from ..heads import Pyramid
 from ..hub import TASKS, load_pretrained, push_to_hub, save_pretrained
 from ..losses import local_counts
@@ -122,7 +123,7 @@ class StoredModule(pl.LightningModule):
         other = [k for k in state if k in own and state[k].shape != own[k].shape and not k.startswith("backbone.")]
         if not other: return
         saved, now = int(state[other[-1]].shape[0]), self.hparams["num_classes"]
-        if self._trainer is not None:
+        if trainer_of(self) is not None:
             raise ValueError(f"The checkpoint has {saved} classes where the model has {now}: training cannot resume. Start "
                              f"from its weights: {type(self).__name__}.load_from_checkpoint(path, num_classes={now}).")
         rank_zero_warn(f"New head for {now} classes: the checkpoint's ({saved} classes) does not fit. Starting afresh: "
@@ -324,7 +325,7 @@ class TrainableModule(StoredModule, metaclass=SeededType):
     def unfreeze_backbone(self) -> None:
         "Let the backbone learn again, also in the middle of a fit; under DDP its gradients are synchronised from here on."
         self._thaw()
-        trainer = self._trainer
+        trainer = trainer_of(self)
         if trainer is None: return
         if trainer.state.fn == "fit" and trainer.state.status == "running" and trainer.optimizers: self._learn_late(trainer)
         if isinstance(trainer.strategy, pl.strategies.DDPStrategy) and trainer.strategy.model is not self:
@@ -370,7 +371,7 @@ class TrainableModule(StoredModule, metaclass=SeededType):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         "Look at the labels of every batch before it leaves the CPU: a GPU would end the process with an assertion that names nothing."
-        if self._trainer is None or not self._trainer.predicting: self.check_labels(batch)
+        if trainer_of(self) is None or not trainer_of(self).predicting: self.check_labels(batch)
         return batch
 
     def on_fit_start(self) -> None:
@@ -379,7 +380,7 @@ class TrainableModule(StoredModule, metaclass=SeededType):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         "The moving average of the weights, if `ema_decay` is given, and what must hold while a run lasts."
-        decay, precision = self.hparams["ema_decay"], None if self._trainer is None else self._trainer.precision
+        decay, precision = self.hparams["ema_decay"], None if trainer_of(self) is None else trainer_of(self).precision
         average = [] if decay is None else [self.weight_average(decay)]
         return [*average, *([RunConditions()] if self.deterministic or precision in HALF else [])]
 
@@ -438,7 +439,7 @@ class TrainableModule(StoredModule, metaclass=SeededType):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         "Go on with a thawed backbone where the checkpoint's is."
         super().on_load_checkpoint(checkpoint)
-        note, trainer = checkpoint.get("thawed"), self._trainer
+        note, trainer = checkpoint.get("thawed"), trainer_of(self)
         if note is None or trainer is None or trainer.state.fn != "fit": return
         self._expected = note["late_groups"]
         if self.frozen: self._thaw()
@@ -885,13 +886,13 @@ class VisionTask(PortableModule):
 
     def _several(self) -> bool:
         "Whether other processes take part in this run."
-        if self._trainer is None or self._trainer.world_size == 1: return False
+        if trainer_of(self) is None or trainer_of(self).world_size == 1: return False
         return torch.distributed.is_available() and torch.distributed.is_initialized()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         "The loss of a training batch."
         # A process group may be left from an earlier run, and its other processes elsewhere.
-        alone = self._trainer is not None and not self._several()
+        alone = trainer_of(self) is not None and not self._several()
         try:
             with local_counts() if alone else nullcontext():
                 return self._step(batch, "train").losses["loss"]
@@ -912,7 +913,7 @@ class VisionTask(PortableModule):
 
     def stands_in(self, stage: str, dataloader_idx: int) -> bool:
         "Whether a loader's batch only lets a process without an image take part; it counts nowhere."
-        loaders = getattr(self._trainer, f"{stage}_dataloaders", None)
+        loaders = getattr(trainer_of(self), f"{stage}_dataloaders", None)
         if isinstance(loaders, Mapping): loaders = list(loaders.values())
         if isinstance(loaders, (list, tuple)): loaders = loaders[dataloader_idx]
         return bool(getattr(loaders, "stand_in", False))

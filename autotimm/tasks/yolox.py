@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core import inherit_signature, lookup
 from ..data.datamodule import count_epochs
+from ..lightning_parts import trainer_of
 from ..heads import Pyramid
 from ..losses import YOLOXLoss
 from .base import WeightAverage
@@ -154,7 +155,7 @@ class YOLOXDetector(DetectionTask):
 
     def _planned(self) -> float:
         "Epochs of the trainer's run, infinity where there is none or it has no stated end."
-        return math.inf if self._trainer is None else count_epochs(self._trainer)
+        return math.inf if trainer_of(self) is None else count_epochs(trainer_of(self))
 
     def epochs(self) -> dict[str, Any]:
         "The lengths of warm-up, of the end without augmentation, and of it all, in epochs; as published, to scale."

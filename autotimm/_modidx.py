@@ -1959,7 +1959,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'autotimm.resuming.RunState.save': ('resuming.html#runstate.save', 'autotimm/resuming.py'),
                                    'autotimm.resuming.RunState.setup': ('resuming.html#runstate.setup', 'autotimm/resuming.py'),
                                    'autotimm.resuming._clear': ('resuming.html#_clear', 'autotimm/resuming.py'),
-                                   'autotimm.resuming._gathered': ('resuming.html#_gathered', 'autotimm/resuming.py'),
                                    'autotimm.resuming._level': ('resuming.html#_level', 'autotimm/resuming.py'),
                                    'autotimm.resuming.metric_states': ('resuming.html#metric_states', 'autotimm/resuming.py'),
                                    'autotimm.resuming.process_state': ('resuming.html#process_state', 'autotimm/resuming.py'),

@@ -30,6 +30,7 @@ from .callbacks import LenientCheckpoint, missing_metrics, watched_metrics
 from .checkpoints import LastCheckpoint, find_folders, hide_folders
 from .data.loading import ResumableLoader, random_states, raw_random_states, set_loader_states, set_random_states
 from .lightning_parts import add_epoch_sums, count_logged_steps, epoch_sums, set_up_training_data_again, show_metrics
+from .metrics import gather_processes
 
 # %% ../nbs/28_resuming.ipynb #311dc85c
 BATCH, EPOCH, VALIDATION, STOPPED = "between batches", "between epochs", "before validation", "inside an epoch"
@@ -106,12 +107,16 @@ class DeferredSignals:
     def __init__(self) -> None:
         self.previous: dict[int, Any] = {}    # handlers that were there
         self.waiting = 0                      # number of the signal that waits; 0: none
+        self.delivered: set[int] = set()      # numbers of those that were delivered
         self.busy = False                     # whether a batch is at work
 
-    def install(self) -> None:
+    def install(
+        self,
+        several: bool = False,                # on several processes; alone, Lightning's own handler of SIGTERM waits
+    ) -> None:
         "Stand before the handlers that are there."
         if threading.current_thread() is not threading.main_thread(): return
-        names = ("SIGINT", "SIGUSR1", "SIGUSR2")
+        names = ("SIGINT", *["SIGTERM"] * several, "SIGUSR1", "SIGUSR2")
         for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             handler = signal.getsignal(number)
             if not callable(handler) or handler == self._note: continue
@@ -119,7 +124,9 @@ class DeferredSignals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        again, self.waiting = self.waiting == number, number
+        # Lightning's launcher sends the one on to processes that have heard of it already.
+        if number == signal.SIGTERM and number in self.delivered: return
+        again, self.waiting = self.waiting == number == signal.SIGINT, number
         if again or not self.busy: self.deliver()
 
     def deliver(
@@ -128,13 +135,14 @@ class DeferredSignals:
     ) -> None:
         "Call the handler of a signal that waits."
         number, self.waiting = number or self.waiting, 0
+        self.delivered.add(number)
         if number in self.previous: self.previous[number](number, None)
 
     def remove(self) -> None:
         "Put the handlers back."
         for number, handler in self.previous.items():
             if signal.getsignal(number) == self._note: signal.signal(number, handler)
-        self.previous, self.waiting, self.busy = {}, 0, False
+        self.previous, self.waiting, self.delivered, self.busy = {}, 0, set(), False
 
 # %% ../nbs/28_resuming.ipynb #6355a121
 class CheckpointClock:
@@ -168,15 +176,15 @@ class CheckpointClock:
         trainer: Any,                         # a Lightning trainer
         waiting: int = 0,                     # signal that waits in this process
     ) -> tuple[bool, int]:                    # whether it is time, and the signal that all are to obey
-        "The same on each process: what the first one says."
-        if trainer.world_size == 1: return self.due(trainer.global_step), waiting
+        "The same on each process: the time as the first one has it, the signal of any."
+        due = self.due(trainer.global_step)
+        if trainer.world_size == 1: return due, waiting
         self.batches += 1
-        if self.batches < self.pause: return False, 0
+        if self.batches < self.pause: return due and isinstance(self.interval, int), 0
         each = max((time.monotonic() - self.asked) / self.batches, 1e-4)
-        plan = (self.due(trainer.global_step), waiting, min(1000, math.ceil(1 / each)))
-        due, number, self.pause = trainer.strategy.broadcast(plan)
-        self.batches, self.asked = 0, time.monotonic()
-        return due, number
+        plans = gather_processes((due, waiting, min(1000, math.ceil(1 / each))))
+        self.batches, self.asked, self.pause = 0, time.monotonic(), plans[0][2]
+        return plans[0][0], max(number for _, number, _ in plans)
 
 # %% ../nbs/28_resuming.ipynb #7d4d0429
 def training_loaders(
@@ -185,13 +193,6 @@ def training_loaders(
     "The loaders that a fit trains on, one by one."
     loaders = trainer.train_dataloader
     return [] if loaders is None else [o for o in tree_leaves(loaders) if o is not None]
-
-def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
-    "The states of all processes, in order."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states
 
 def validation_is_due(
     trainer: Any,                             # a Lightning trainer, at the end of a training batch
@@ -287,6 +288,7 @@ class RunState(Callback):
         self.random: dict[str, Any] | None = None    # random states that the run is to go on with
         self.before: Any = None                      # random states before the batch that is at work
         self.sums: dict[str, list[torch.Tensor]] = {}    # of the epoch before the resume, not yet added
+        self.saved = -1                              # global step of the last checkpoint
         self._stepped = 0                            # batches that loggers have not been told of yet
         self.place: str | None = None                # where the run stands, while it is saved
         self.phase = "outside"                       # 'batch', 'boundary', 'batch end', 'validation', 'epoch end'
@@ -323,7 +325,7 @@ class RunState(Callback):
         if isinstance(first, ResumableLoader):
             self.loader, first.before_batch = first, lambda: self.before_batch(trainer)
         self.clock.restart(trainer.global_step)
-        self.signals.install()
+        self.signals.install(trainer.world_size > 1)
 
     def _restore(self, trainer: Any) -> None:
         "Put back what the checkpoint holds."
@@ -365,7 +367,7 @@ class RunState(Callback):
         self._go_on(trainer)
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         due, number = self.clock.agreed(trainer, self.signals.waiting)
-        if done and (due or number and trainer.world_size > 1): self.save(trainer, BATCH)
+        if done and (due or number): self.save(trainer, BATCH)
         if number:
             with self.at(BATCH if done else EPOCH): self.signals.deliver(number)
         self.before = raw_random_states()
@@ -390,7 +392,7 @@ class RunState(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         self._go_on(trainer)
         self.phase = "epoch end"
-        self._log_sums()
+        self._log_sums(pl_module)
         if self._inside_epoch(trainer) and not self.ended_early:
             self.finished = not self._out_of_time(trainer)
             self.save(trainer, STOPPED)
@@ -435,10 +437,10 @@ class RunState(Callback):
         left = [o.time_remaining() for o in trainer.callbacks if isinstance(o, Timer)]
         return any(o is not None and o <= 0 for o in left)
 
-    def _log_sums(self) -> None:
+    def _log_sums(self, pl_module: pl.LightningModule) -> None:
         "Log what was logged before the resume alone, as the mean that it is."
         for key, (value, *count) in self.sums.items():
-            if count and count[0] > 0: self.log(key.rpartition(".")[2], value / count[0], on_step=False, on_epoch=True)
+            if count and count[0] > 0: pl_module.log(key.rpartition(".")[2], value / count[0], on_step=False, on_epoch=True)
         self.sums = {}
 
     def _warn_of_missing(self, trainer: Any) -> None:
@@ -465,7 +467,7 @@ class RunState(Callback):
         stepped: int = 0,                     # batches that loggers have not been told of yet
     ) -> None:
         "Write `last.ckpt`."
-        self._stepped = stepped
+        self._stepped, self.saved = stepped, trainer.global_step
         if self.last is not None and trainer.run_folder is not None and not trainer.fast_dev_run:
             with self.at(place): self.last.save(trainer, trainer.run_folder)
         self.clock.restart(trainer.global_step)
@@ -481,7 +483,7 @@ class RunState(Callback):
         if self.history.over is not None: history.append(self.history.row(trainer))
         mine = process_state(trainer, self.before if self.phase == "batch" else None)
         checkpoint["autotimm"] = {
-            "place": place, "processes": _gathered({**mine, "history": history, "shown": metrics}), "metrics": metrics, "history": history, "val_names": sorted(self.history.val_names),
+            "place": place, "processes": gather_processes({**mine, "history": history, "shown": metrics}), "metrics": metrics, "history": history, "val_names": sorted(self.history.val_names),
             "val_fresh": self.history.val_fresh and self.history.over is None, "finished": self.finished,
             "tuned": trainer.tuned_values, "loggers": trainer.logger_identities(), "step": trainer.global_step}
 
@@ -518,7 +520,7 @@ class RunState(Callback):
         elif between and ended:
             self.history.note(trainer)
             self.save(trainer, EPOCH)
-        elif self.phase != "epoch end" and done: self.save(trainer, BATCH, stepped=not ended and self.phase == "batch end")
+        elif self.phase != "epoch end" and done and (self.phase != "boundary" or self.saved != trainer.global_step): self.save(trainer, BATCH, stepped=not ended and self.phase == "batch end")
 
     def release(self) -> None:
         "Make callbacks, signals and limits what they were before the fit."

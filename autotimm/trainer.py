@@ -9,6 +9,7 @@ __all__ = ['DEFAULT_EPOCHS', 'AutoTrainer']
 import copy
 import inspect
 import os
+import signal
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pytorch_lightning.callbacks import (Callback, ModelCheckpoint, ModelSummary
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
@@ -270,6 +272,9 @@ class AutoTrainer(pl.Trainer):
                 _tune(self, inner, data, path, weights_only)
                 with resized_loaders(self, data, self._tuned.batch_size):
                     super().fit(model, data.train, data.val, data.datamodule, path, weights_only=weights_only)
+            except SIGTERMException as e:
+                e.code = 128 + signal.SIGTERM        # what a scheduler takes for a job that was ended, and not for one that is done
+                raise
             finally: self._end()
 
     def validate(self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,

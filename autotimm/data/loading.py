@@ -240,7 +240,7 @@ class OwnBatches(EpochBatches):
 def _parts(loader: Any) -> Iterator[tuple[str, Any]]:
     "The objects of a data loader that may hold random generators, by name."
     yield "loader", loader
-    batches = getattr(loader, "batch_sampler", None)
+    batches: Any = getattr(loader, "batch_sampler", None)
     own = isinstance(batches, EpochBatches)
     if not own: yield "sampler", getattr(loader, "sampler", None)
     else: yield "sampler", None if isinstance(batches, OwnBatches) else batches.sampler.source

@@ -111,7 +111,10 @@ def inherit_signature(
 ) -> C:                         # the same class
     "Show the base class's parameters in the signature, in place of `**kwargs`."
     own = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
-    if not any(p.kind is p.VAR_KEYWORD for p in own): return cls
+    if not any(p.kind is p.VAR_KEYWORD for p in own):
+        # Stated all the same: that of the base, or of a metaclass, would be found in its place.
+        cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        return cls
     names = {p.name for p in own}
     base = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(cls.__mro__[1]).parameters.values()
             if p.name not in names and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]

@@ -108,7 +108,8 @@ def test_a_seed_reaches_the_layers_of_a_users_subclass():
     with pytest.raises(ValueError, match="optimizer|Optimizer|unfreeze_after"): build(seed=1, unfreeze_after=-1)
     with pytest.raises(ValueError, match="seed must be an int"): build(seed=-1)
     assert random_states() == before
-    assert "num_classes" in inspect.signature(Own).parameters
+    assert {"num_classes", "seed", "lr", "metrics"} <= set(inspect.signature(Own).parameters)
+    assert "seed" in inspect.signature(ImageClassifier).parameters and "seed" in inspect.signature(YOLOXDetector).parameters
 
 
 def test_a_seed_stands_in_the_checkpoint(tmp_path):
@@ -466,3 +467,38 @@ def test_what_a_step_waits_for_is_known(kind):
     "The number of places with an object decides the size of what follows: once a step, not once an image or level."
     count, where = ops_a_step(kind, *SIZES, ema_decay=0.99)
     assert count == (0 if kind in ("classifier", "multilabel", "segmentor") else 1), where
+
+
+# Of torch.use_deterministic_algorithms: what raises on a GPU. Bilinear enlargement and RoIAlign have another way there.
+REFUSED = ("nll_loss2d_forward", "nll_loss2d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "avg_pool3d_backward",
+           "adaptive_max_pool2d_backward", "fractional_max_pool2d_backward", "max_unpool2d", "upsample_bicubic2d_backward", "upsample_linear1d_backward",
+           "_upsample_bilinear2d_aa_backward", "reflection_pad2d_backward", "_ctc_loss_backward", "put_", "histc", "median", "grid_sampler_2d_backward",
+           "bincount", "kthvalue")
+CASES = [*((o, {}) for o in KINDS if o != "segmentor"), *(("segmentor", dict(head_type=o, loss_type="dice")) for o in ("fcn", "deeplabv3plus", "fpn", "upernet")),
+         *(("classifier", dict(loss_fn=o)) for o in ("focal",)), *(("multilabel", dict(loss_fn=o)) for o in ("focal", "asymmetric")),
+         *(("fcos", dict(cls_loss_fn=c, reg_loss_fn=r)) for c, r in (("bce_with_logits", "iou"), ("focal", "diou"), ("focal", "ciou")))]
+
+
+def fit_once(kind: str, **kwargs) -> Ops:
+    "The refused operations of a fit of a deterministic model."
+    if "head_type" in kwargs: model = SemanticSegmentor(MAPS, 3, image_size=64, seed=0, deterministic=True, **kwargs)
+    else: model = build(kind, deterministic=True, **kwargs)
+    with Ops(*REFUSED) as seen: pl.Trainer(max_epochs=1, **QUIET).fit(model, loader(kind))
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "kwargs"), CASES, ids=lambda o: o if isinstance(o, str) else "-".join(o.values()))
+def test_a_deterministic_step_asks_for_nothing_that_a_gpu_refuses(kind, kwargs):
+    seen = fit_once(kind, **kwargs)
+    assert not seen.count, seen.where[:3]
+
+
+def test_a_layer_that_cannot_be_deterministic_is_named(monkeypatch):
+    model = build(deterministic=True)
+    model.more = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.AdaptiveAvgPool2d(1), nn.ReflectionPad2d(1))
+    model.on_fit_start()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    with pytest.warns(UserWarning, match=r"gradient of more.0 \(AdaptiveAvgPool2d\), more.2 \(ReflectionPad2d\), and"): model.on_fit_start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(deterministic=True).on_fit_start()

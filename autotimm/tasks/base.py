@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COORDINATES', 'HALF', 'PRECISIONS', 'plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'warm_decay',
-           'AverageOfModel', 'WeightAverage', 'SeededType', 'exact_coordinates', 'RunConditions', 'TrainableModule',
-           'log_figure', 'evaluating', 'Step', 'as_metric_configs', 'as_list', 'outside', 'as_batch', 'as_dataclass',
-           'best_device', 'device_for', 'moved_to', 'lock_of', 'predicting', 'PredictingModule', 'last_layers',
-           'PortableModule', 'VisionTask', 'DenseTask']
+           'AverageOfModel', 'WeightAverage', 'SeededType', 'nondeterministic_layers', 'exact_coordinates',
+           'RunConditions', 'TrainableModule', 'log_figure', 'evaluating', 'Step', 'as_metric_configs', 'as_list',
+           'outside', 'as_batch', 'as_dataclass', 'best_device', 'device_for', 'moved_to', 'lock_of', 'predicting',
+           'PredictingModule', 'last_layers', 'PortableModule', 'VisionTask', 'DenseTask']
 
 # %% ../../nbs/20_tasks_base.ipynb #62a4a410
 import dataclasses
@@ -202,6 +202,17 @@ class SeededType(type(pl.LightningModule)):  # type: ignore[misc]
             del made.__dict__["_building"]
         return made
 
+def nondeterministic_layers(
+    module: nn.Module,          # any module
+    of_pixels: bool = False,    # whether its loss compares maps, (B, C, H, W) with (B, H, W)
+) -> list[str]:                 # name and type of each
+    "Layers without a deterministic gradient on a GPU, where torch raises a RuntimeError that names only a kernel."
+    kinds = (nn.AdaptiveMaxPool2d, nn.FractionalMaxPool2d, nn.ReflectionPad2d, nn.MaxUnpool2d, nn.AvgPool3d, nn.CTCLoss,
+             *((nn.CrossEntropyLoss, nn.NLLLoss) if of_pixels else ()))
+    single = (1, (1, 1), [1, 1], None, (None, None))
+    grids = lambda o: type(o) is nn.AdaptiveAvgPool2d and o.output_size not in single
+    return [f"{name} ({type(o).__name__})" for name, o in module.named_modules() if isinstance(o, kinds) or grids(o)]
+
 COORDINATES = ("boxes", "area", "letterbox")
 HALF = ("bf16-true", "16-true")
 
@@ -377,6 +388,10 @@ class TrainableModule(StoredModule, metaclass=SeededType):
     def on_fit_start(self) -> None:
         "Train in training mode, also a model that comes from a checkpoint and so in eval mode."
         if not self.training: self.train()
+        if not self.deterministic or self.device.type != "cuda": return
+        if layers := nondeterministic_layers(self, getattr(self, "task_name", None) == "segmentation"):
+            rank_zero_warn(f"deterministic=True, but on a GPU torch has no deterministic gradient of {', '.join(layers)}, and will refuse it. "
+                           "Choose another backbone, head or loss, or deterministic=False.")
 
     def configure_callbacks(self) -> list[pl.Callback]:
         "The moving average of the weights, if `ema_decay` is given, and what must hold while a run lasts."

@@ -69,3 +69,48 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_is_killed_inside_an_epoch(runs, case): assert_same(runs / case)
+
+
+@pytest.mark.parametrize("kind", ["own", "plain"])
+def test_two_processes(tmp_path, kind):
+    paths = settings_of(tmp_path, (1, 1), kind=kind, devices=2, strategy="ddp", workers=2 if kind == "plain" else 0, interval=1)
+    done = [start(path) for path in paths]
+    assert [o.returncode for o in done] == [0, -signal.SIGKILL, 0], "".join(o.stderr for o in done)[-4000:]
+    assert_same(tmp_path, ".0")
+    one, two = (torch.load(tmp_path / f"resumed.pt.{rank}", weights_only=False) for rank in (0, 1))
+    for name, tensor in one["weights"].items():
+        if "running" not in name: assert torch.equal(tensor, two["weights"][name]), name
+
+
+def test_spawned_workers(tmp_path):
+    paths = settings_of(tmp_path, (1, 2), kind="own", workers=2, context="spawn", epochs=2)
+    done = [start(path) for path in paths]
+    assert [o.returncode for o in done] == [0, -signal.SIGKILL, 0], "".join(o.stderr for o in done)[-4000:]
+    assert_same(tmp_path)
+
+
+SIGNALLED = """
+import os, signal, sys, time, torch
+from small_models import *
+from autotimm.trainer import AutoTrainer
+torch.set_num_threads(1)
+class One(pl.Callback):
+    "Sends a signal to one process alone."
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(0.1)
+        if trainer.global_step == 3 and trainer.global_rank == 1: os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+if __name__ == "__main__":
+    trainer = AutoTrainer(max_epochs=200, default_root_dir=sys.argv[1], callbacks=[One()], devices=2, strategy="ddp", **QUIET)
+    trainer.fit(Full(), *loaders())
+"""
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 1)])
+def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_batch(tmp_path, name, code):
+    from autotimm.checkpoints import find_unfinished, read_run
+    (tmp_path / "run.py").write_text(SIGNALLED)
+    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, tmp_path / "run.py", tmp_path, name], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stderr[-3000:]
+    kept = read_run(find_unfinished(tmp_path / "checkpoints"))
+    assert kept["step"] < 200 and len(kept["processes"]) == 2

@@ -398,6 +398,11 @@ def test_a_label_out_of_range_is_found_in_any_batch(kind):
     assert len(moved) == 3
     model.predict_step(first)
     pl.Trainer(**QUIET).predict(model, DataLoader([WRONG[kind](second)], None))     # there are no labels to look at
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self): return DataLoader([first], None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="You have overridden")
+        pl.Trainer(max_epochs=1, **QUIET).fit(build(kind), Data())
 
 
 def test_predict_runs_where_the_model_is(monkeypatch):

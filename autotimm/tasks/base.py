@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COORDINATES', 'HALF', 'PRECISIONS', 'plain_hparams', 'refuse_note', 'stored_classes', 'StoredModule', 'warm_decay',
-           'AverageOfModel', 'WeightAverage', 'SeededType', 'nondeterministic_layers', 'exact_coordinates',
-           'RunConditions', 'TrainableModule', 'log_figure', 'evaluating', 'Step', 'as_metric_configs', 'as_list',
-           'outside', 'as_batch', 'as_dataclass', 'best_device', 'device_for', 'moved_to', 'lock_of', 'predicting',
-           'PredictingModule', 'last_layers', 'PortableModule', 'VisionTask', 'DenseTask']
+           'AverageOfModel', 'WeightAverage', 'SeededType', 'nondeterministic_layers', 'watched_input', 'RunConditions',
+           'TrainableModule', 'log_figure', 'evaluating', 'Step', 'as_metric_configs', 'as_list', 'outside', 'as_batch',
+           'as_dataclass', 'best_device', 'device_for', 'moved_to', 'lock_of', 'predicting', 'PredictingModule',
+           'last_layers', 'PortableModule', 'VisionTask', 'DenseTask']
 
 # %% ../../nbs/20_tasks_base.ipynb #62a4a410
 import dataclasses
@@ -217,20 +217,23 @@ COORDINATES = ("boxes", "area", "letterbox")
 HALF = ("bf16-true", "16-true")
 
 @contextmanager
-def exact_coordinates(
-    plugin: Any,                # of Lightning, that converts batches to the precision of a run
+def watched_input(
+    plugin: Any,                # of Lightning, that converts batches on the CPU to the precision of a run
+    check: Callable[[Any], None],  # raises for a batch that must go no further
+    half: bool,                 # whether all of a batch becomes half precision
 ) -> Iterator[None]:
-    "While a block runs, the plugin leaves coordinates in a batch in float32: bfloat16 knows only even numbers from 256 on."
+    "While a block runs, batches are checked, and coordinates stay in float32: bfloat16 knows only even numbers from 256 on."
     convert = plugin.convert_input
     def exact(batch: Any) -> Any:
-        kept = {k: batch[k] for k in COORDINATES if k in batch} if isinstance(batch, Mapping) else {}
+        check(batch)
+        kept = {k: batch[k] for k in COORDINATES if k in batch} if half and isinstance(batch, Mapping) else {}
         return {**convert(batch), **kept} if kept else convert(batch)
     plugin.convert_input = exact
     try: yield
     finally: del plugin.convert_input
 
 class RunConditions(pl.Callback):
-    "What holds while a run of a task lasts, also one that an exception ends: deterministic algorithms, exact coordinates."
+    "What holds while a run of a task lasts, also one that an exception ends: deterministic algorithms, checked and exact batches."
     def __init__(self) -> None: self._held = ExitStack()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -238,7 +241,9 @@ class RunConditions(pl.Callback):
         self._held.close()
         if not isinstance(pl_module, StoredModule): return
         self._held.enter_context(deterministic_algorithms(getattr(pl_module, "deterministic", False)))
-        if trainer.precision in HALF: self._held.enter_context(exact_coordinates(trainer.precision_plugin))
+        # Lightning's own hook before the transfer would warn in every run with a data module.
+        check = pl_module.check_labels if isinstance(pl_module, TrainableModule) and stage != "predict" else lambda batch: None
+        self._held.enter_context(watched_input(trainer.precision_plugin, check, trainer.precision in HALF))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         "Switch back."
@@ -378,12 +383,7 @@ class TrainableModule(StoredModule, metaclass=SeededType):
             self.backbone.compile(**(self.hparams["compile_kwargs"] or {}))
 
     def check_labels(self, batch: Any) -> None:
-        "Raise `ValueError` for a label that is no class; a task that has labels supplies it."
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        "Look at the labels of every batch before it leaves the CPU: a GPU would end the process with an assertion that names nothing."
-        if trainer_of(self) is None or not trainer_of(self).predicting: self.check_labels(batch)
-        return batch
+        "Raise `ValueError` for a label that is no class, which a GPU would not name; each batch comes here before it leaves the CPU."
 
     def on_fit_start(self) -> None:
         "Train in training mode, also a model that comes from a checkpoint and so in eval mode."
@@ -395,9 +395,10 @@ class TrainableModule(StoredModule, metaclass=SeededType):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         "The moving average of the weights, if `ema_decay` is given, and what must hold while a run lasts."
-        decay, precision = self.hparams["ema_decay"], None if trainer_of(self) is None else trainer_of(self).precision
-        average = [] if decay is None else [self.weight_average(decay)]
-        return [*average, *([RunConditions()] if self.deterministic or precision in HALF else [])]
+        decay = self.hparams["ema_decay"]
+        # A trainer that has one from its last run would say that it is replaced.
+        known = trainer_of(self) is not None and any(isinstance(o, RunConditions) for o in trainer_of(self).callbacks)
+        return [*([] if decay is None else [self.weight_average(decay)]), *([] if known else [RunConditions()])]
 
     def weight_average(self, decay: float) -> pl.callbacks.WeightAveraging:
         "The moving average that `ema_decay` asks for."

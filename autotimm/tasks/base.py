@@ -397,7 +397,8 @@ class TrainableModule(StoredModule, metaclass=SeededType):
         "The moving average of the weights, if `ema_decay` is given, and what must hold while a run lasts."
         decay = self.hparams["ema_decay"]
         # A trainer that has one from its last run would say that it is replaced.
-        known = trainer_of(self) is not None and any(isinstance(o, RunConditions) for o in trainer_of(self).callbacks)
+        trainer: Any = trainer_of(self)
+        known = trainer is not None and any(isinstance(o, RunConditions) for o in trainer.callbacks)
         return [*([] if decay is None else [self.weight_average(decay)]), *([] if known else [RunConditions()])]
 
     def weight_average(self, decay: float) -> pl.callbacks.WeightAveraging:

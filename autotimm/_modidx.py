@@ -1621,6 +1621,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'autotimm.losses._iou_loss': ('losses.html#_iou_loss', 'autotimm/losses.py'),
                                  'autotimm.losses._joined': ('losses.html#_joined', 'autotimm/losses.py'),
                                  'autotimm.losses._mean': ('losses.html#_mean', 'autotimm/losses.py'),
+                                 'autotimm.losses._one_by_one': ('losses.html#_one_by_one', 'autotimm/losses.py'),
                                  'autotimm.losses._over_processes': ('losses.html#_over_processes', 'autotimm/losses.py'),
                                  'autotimm.losses._overlap': ('losses.html#_overlap', 'autotimm/losses.py'),
                                  'autotimm.losses._part': ('losses.html#_part', 'autotimm/losses.py'),

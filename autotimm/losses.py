@@ -89,6 +89,12 @@ def _mean(
 
 
 # %% ../nbs/04_losses.ipynb #b64eefd0
+def _one_by_one(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    "Pixels as rows where only deterministic algorithms may run: a GPU has none for the loss of images of classes."
+    if logits.ndim == 2 or target.ndim == logits.ndim: return logits, target
+    if not torch.are_deterministic_algorithms_enabled(): return logits, target
+    return logits.movedim(1, -1).flatten(0, -2), target.flatten()
+
 class CrossEntropyLoss(nn.Module):
     "Softmax cross entropy for class ids or shares of classes, averaged over what has a target."
     def __init__(
@@ -112,7 +118,7 @@ class CrossEntropyLoss(nn.Module):
         if weight is not None: weight = weight.to(logits.dtype)
         if soft := target.ndim == logits.ndim: target = _per_class(target, logits)
         kw: dict[str, Any] = {} if soft else {"ignore_index": self.ignore_index}
-        total = F.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=self.label_smoothing, **kw)
+        total = F.cross_entropy(*_one_by_one(logits, target), weight, reduction="sum", label_smoothing=self.label_smoothing, **kw)
         least = torch.finfo(total.dtype).tiny
         return _mean(total, self.count(logits, target), self.training, least)
 
@@ -350,7 +356,8 @@ class FocalLossPixelwise(nn.Module):
         logits: Tensor,                 # (B, C, H, W)
         targets: Tensor,                # (B, H, W) class ids
     ) -> Tensor:                        # scalar; (pixels that count,) with 'none'
-        error = F.cross_entropy(_full(logits), targets, ignore_index=self.ignore_index, reduction="none")
+        pixels = _one_by_one(_full(logits), targets)
+        error = F.cross_entropy(*pixels, ignore_index=self.ignore_index, reduction="none").view_as(targets)
         loss, kept = self.alpha * (1 - (-error).exp()) ** self.gamma * error, targets != self.ignore_index
         if self.reduction == "none": return loss[kept]
         if self.reduction == "sum": return loss.sum()

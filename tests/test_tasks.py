@@ -480,6 +480,7 @@ REFUSED = ("nll_loss2d_forward", "nll_loss2d_backward", "_adaptive_avg_pool2d_ba
            "_upsample_bilinear2d_aa_backward", "reflection_pad2d_backward", "_ctc_loss_backward", "put_", "histc", "median", "grid_sampler_2d_backward",
            "bincount", "kthvalue")
 CASES = [*((o, {}) for o in KINDS if o != "segmentor"), *(("segmentor", dict(head_type=o, loss_type="dice")) for o in ("fcn", "deeplabv3plus", "fpn", "upernet")),
+         *(("segmentor", dict(head_type="fcn", loss_type=o)) for o in ("ce", "focal", "combined", "tversky")),
          *(("classifier", dict(loss_fn=o)) for o in ("focal",)), *(("multilabel", dict(loss_fn=o)) for o in ("focal", "asymmetric")),
          *(("fcos", dict(cls_loss_fn=c, reg_loss_fn=r)) for c, r in (("bce_with_logits", "iou"), ("focal", "diou"), ("focal", "ciou")))]
 

@@ -434,7 +434,7 @@ class AutoTrainer(pl.Trainer):
         loader = self._theirs(loader)
         if self.predicting or not isinstance(loader, torch.utils.data.DataLoader): return loader
         # Of validation too: one that moved the random numbers on could not be left out of a resume, or put into it.
-        loader = resumable(loader, self._loader_seed if self.training else 0)
+        loader = resumable(loader, self._loader_seed if self.training else 0, fill=self.training)
         if self.training and self.limit_train_batches != 0 and _is_empty(loader):
             raise ValueError("The training data has no batches: it is empty, or smaller than a batch, with drop_last=True. "
                              "Look at its data set and batch_size.")

@@ -342,7 +342,7 @@ class ResumableLoader(DataLoader):
         sampler, state = batches.sampler, self._pending
         if state is not None and state["epoch"] == sampler.epoch:
             sampler.cycle, self.given = state["cycle"], state["batch"]
-        elif self._running == (sampler.epoch, sampler.cycle): sampler.cycle += 1
+        elif sampler.fill and self._running == (sampler.epoch, sampler.cycle): sampler.cycle += 1
         batches.start, self._pending = self.given, None
         self._running, self._begun = (sampler.epoch, sampler.cycle), loader_states(self, "order")
         with own_random_numbers(mixed_seed(sampler.seed, sampler.epoch, sampler.cycle, 2**62)):
@@ -375,7 +375,8 @@ class ResumableLoader(DataLoader):
         given = self.given - behind
         over = now is not None and given >= len(self)
         if now is None or now[0] != sampler.epoch or over:
-            next_cycle = now[1] + 1 if now is not None and now[0] == sampler.epoch else 0
+            again = now is not None and now[0] == sampler.epoch and sampler.fill
+            next_cycle = now[1] + 1 if again else 0
             return {**place, "cycle": next_cycle, "order": loader_states(self, "order"), "data": data}
         done = self.batches.sums[given - 1] if given > 0 else 0
         return {**place, "cycle": now[1], "batch": given, "sum": done, "order": self._begun, "data": data}

@@ -72,9 +72,12 @@ def option_docs(
 # %% ../nbs/33_training_cli.ipynb #6261adaf
 class AutoTimmCLI(LightningCLI):
     "`LightningCLI`: YAML files, overrides and `--help` for any model, data and trainer."
-    def __init__(self, model_class: Any = None, datamodule_class: Any = None, *args: Any, **kwargs: Any) -> None:
-        self.explained = {"model": model_class, "data": datamodule_class}   # whose arguments `--help` explains
-        super().__init__(model_class, datamodule_class, *args, **kwargs)
+    __signature__ = inspect.signature(LightningCLI)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        self.explained = {"model": given.get("model_class"), "data": given.get("datamodule_class")}  # by `--help`
+        super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> Any:
         "Lightning's parser. Raises `MissingExtraError` without jsonargparse."
@@ -478,8 +481,8 @@ def how_to_go_on(
 ) -> str:                           # two sentences
     "What an interrupted run has kept."
     last = find_last(run / "checkpoints")
-    if last is None: return f"Interrupted before the end of the first epoch. Start again in the same folder: autotimm fit --resume {run}"
-    return f"Interrupted. The last finished epoch is kept in {last.relative_to(Path.cwd()) if last.is_relative_to(Path.cwd()) else last}. Go on: autotimm fit --resume {run}"
+    if last is None: return f"Interrupted before the first step. Start again in the same folder: autotimm fit --resume {run}"
+    return f"Interrupted. All steps so far are kept in {last.relative_to(Path.cwd()) if last.is_relative_to(Path.cwd()) else last}. Go on: autotimm fit --resume {run}"
 
 # %% ../nbs/33_training_cli.ipynb #21b9af43
 def plain_numbers(

@@ -38,11 +38,10 @@ def uses() -> dict[str, set[int]]:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIGHTNING:
                 if any(map(is_private, [*node.module.split("."), *(o.name for o in node.names)])): lines.add(node.lineno)
             elif isinstance(node, ast.Attribute) and node.attr in theirs: lines.add(node.lineno)
-            elif isinstance(node, ast.Call | ast.Subscript):
-                keys = node.args if isinstance(node, ast.Call) else [node.slice]
+            elif isinstance(node, ast.Attribute) and node.attr == "process_dataloader" and isinstance(node.ctx, ast.Store): lines.add(node.lineno)
+            elif isinstance(node, ast.Call | ast.Subscript | ast.Dict):
+                keys = node.args if isinstance(node, ast.Call) else node.values if isinstance(node, ast.Dict) else [node.slice]
                 if any(isinstance(o, ast.Constant) and o.value in theirs for o in keys): lines.add(node.lineno)
-            elif isinstance(node, ast.Assign) and any(isinstance(o, ast.Attribute) and o.attr == "process_dataloader" for o in node.targets):
-                lines.add(node.lineno)
     return {path: lines for path, lines in found.items() if lines}
 
 

@@ -1,8 +1,9 @@
-"""Mixed precision, speed, memory and FSDP on a GPU.
+"""Mixed precision, speed, memory and FSDP on a GPU, and what must hold there.
 
-The fp16 and bf16 cells of the matrix on each route; ResNet-50 and ViT-B/16 at 224 in bf16 against a hand-written loop, images
-a second and peak memory; FSDP with one process trains, saves and resumes. `python benchmarks/gpu.py [--runs 5]`. Without
-a GPU it says so and exits 0.
+`--part speed`: the fp16 and bf16 cells of the matrix on each route; ResNet-50 and ViT-B/16 at 224 in bf16 against a hand-written loop, images
+a second and peak memory; FSDP with one process trains, saves and resumes. `--part correctness`: what must
+hold on a GPU besides, in at most eight minutes (gpu_correctness.py). `python benchmarks/gpu.py [--part all] [--runs 5]`. Without a
+GPU it says so and exits 0; `--part correctness --device cpu` runs on the CPU what makes sense there.
 """
 import argparse
 import gc
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_correctness
 import pytorch_lightning as pl
 import timm
 import torch
@@ -171,20 +173,43 @@ def fsdp() -> list[object]:
         return ["FSDP, 1 process", files, second.global_step, "yes" if done else "NO"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("No GPU at hand: nothing was measured.")
-        sys.exit(0)
-    keep_quiet()
+def speed_part(runs: int) -> None:
+    "Precisions, speed and memory, FSDP."
     print(machine() + "\n")
     print(table(precision_cells(), ["route", "precision", "first loss", "last loss", "learns"]) + "\n")
-    rows = [speed("resnet50", 128, 60, args.runs), speed("vit_base_patch16_224", 64, 60, args.runs)]
+    rows = [speed("resnet50", 128, 60, runs), speed("vit_base_patch16_224", 64, 60, runs)]
     print(table(rows, ["model", "batch", "by hand, images/s", "ours, images/s", "ratio", "at least", "by hand, GiB",
                        "ours, GiB"]) + "\n")
     print(table([fsdp()], ["strategy", "checkpoints", "steps", "resumed"]))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=["all", "speed", "correctness"], default="all")
+    parser.add_argument("--runs", type=int, default=5, help="of each side, for the speed")
+    parser.add_argument("--device", default="cuda", help="for the correctness: cuda, cuda:1, mps or cpu")
+    parser.add_argument("--only", nargs="+", choices=[*gpu_correctness.CHECKS], default=[*gpu_correctness.CHECKS], help="some of the checks")
+    parser.add_argument("--at-once", type=int, default=None, help="checks at the same time; by default 3 on a GPU, 1 on a CPU")
+    # What the checks start of themselves.
+    parser.add_argument("--check", choices=[*gpu_correctness.CHECKS], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    keep_quiet()
+    if args.check: return gpu_correctness.run_check(args.check, torch.device(args.device))
+    if args.worker: return gpu_correctness.worker(args.worker, torch.device(args.device), args.processes)
+    here = args.device if args.part == "correctness" else "cuda"
+    if here.startswith("cuda") and not torch.cuda.is_available():
+        print("No GPU at hand: nothing was measured.")
+        sys.exit(0)
+    if args.part != "correctness": speed_part(args.runs)
+    if args.part != "speed":
+        passed = gpu_correctness.main(args.device, args.only, args.at_once or (1 if args.device == "cpu" else 3))
+        sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__": main()

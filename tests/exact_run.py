@@ -1,7 +1,7 @@
 """One training run in a process of its own, for test_exact.py and the benchmark: python exact_run.py SETTINGS.json ...
 
-Settings: kind ('classifier', 'boxes', 'own', 'plain'), root, out, workers, context, devices, interval, kill [epoch, batch], resume,
-and what differs from the defaults of the kind. All that can differ between a whole run and a broken one ends up in `out`."""
+Settings: kind ('classifier', 'boxes', 'own', 'plain'), root, out, workers, context, accelerator, devices, precision, interval,
+kill or fail [epoch, batch], resume, and what differs from the defaults of the kind. All that can differ between a whole run and a broken one ends up in `out`."""
 import json
 import os
 import random
@@ -22,7 +22,7 @@ from autotimm import (AutoTrainer, BackboneConfig, DetectionDataModule, FeatureB
                       ObjectDetector)
 from autotimm.testing import write_coco, write_folders
 
-QUIET = dict(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)
+QUIET = dict(enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)
 
 
 class Own(pl.LightningModule):
@@ -71,11 +71,14 @@ class Noisy(Dataset):
 
 class Watch(pl.Callback):
     "Notes what each step sees, and ends the process where it is told to."
-    def __init__(self, kill=None): self.kill, self.seen = kill, []
+    def __init__(self, kill=None, fail=None): self.kill, self.fail, self.seen = kill, fail, []
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         first = batch["images"] if isinstance(batch, dict) else batch[0]
         self.seen.append([trainer.current_epoch, batch_idx, *first.double().flatten(1).sum(1).tolist()])
         if self.kill == [trainer.current_epoch, batch_idx]: os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if self.fail == self.seen[-1][:2]: raise RuntimeError("A step that fails after it has drawn random numbers.")
 
 
 def classifier(s):
@@ -113,19 +116,21 @@ def main(s: dict) -> None:
     if s.get("context"): torch.multiprocessing.set_start_method(s["context"], force=True)
     pl.seed_everything(99 if s.get("resume") else 0, verbose=False)      # another state: all must come from the file
     model, data = dict(classifier=classifier, boxes=boxes, own=own, plain=plain)[s["kind"]](s)
-    watch = Watch(s.get("kill"))
+    watch = Watch(s.get("kill"), s.get("fail"))
     limits = {"max_steps": s["steps"]} if "steps" in s else {"max_epochs": s.get("epochs", 3)}
     if "limits" in s: limits = {k: timedelta(seconds=v) if k == "max_time" else v for k, v in s["limits"].items()}
     interval = s.get("interval", 1)
-    trainer = AutoTrainer(**limits, default_root_dir=s["root"], callbacks=[watch, *s.get("callbacks", [])], devices=s.get("devices", 1),
+    trainer = AutoTrainer(**limits, default_root_dir=s["root"], callbacks=[watch, *s.get("callbacks", [])],
+                          accelerator=s.get("accelerator", "cpu"), devices=s.get("devices", 1), deterministic=s.get("deterministic", False),
                           strategy=s.get("strategy", "auto"), accumulate_grad_batches=s.get("accumulate", 1), precision=s.get("precision", 32),
                           val_check_interval=s.get("val_check_interval", 1.0), gradient_clip_val=1.0,
                           checkpoint_interval=timedelta(seconds=interval) if isinstance(interval, float) else interval, **QUIET)
     given = {"datamodule": data} if isinstance(data, pl.LightningDataModule) else dict(zip(("train_dataloaders", "val_dataloaders"), data))
     trainer.fit(model, **given, ckpt_path=s.get("ckpt", "last") if s.get("resume") else None)
     out = f"{s['out']}.{trainer.global_rank}" if trainer.world_size > 1 else s["out"]
-    torch.save({"weights": model.state_dict(), "history": trainer.history, "epoch": trainer.current_epoch, "step": trainer.global_step,
-                "seen": watch.seen, "best": os.path.basename(trainer.best_model_path),
+    cuda = torch.cuda.get_rng_state() if trainer.strategy.root_device.type == "cuda" else None
+    torch.save({"scale": trainer.precision_plugin.state_dict(), "cuda": cuda, "weights": model.state_dict(), "history": trainer.history,
+                "epoch": trainer.current_epoch, "step": trainer.global_step, "seen": watch.seen, "best": os.path.basename(trainer.best_model_path),
                 "optimizer": trainer.optimizers[0].state_dict()["state"] if trainer.optimizers else {}}, out)
 
 

@@ -367,7 +367,9 @@ def settings(folder: Path, device: torch.device, kind: str, **more: Any) -> dict
         root = folder / ("whole" if name == "whole" else "broken")
         root.mkdir(parents=True, exist_ok=True)
         about = {"data": str(folder / f"data-{name}"), "root": str(root), "out": str(folder / f"{name}.pt"), "kind": kind,
-                 "accelerator": "cpu" if device.type == "cpu" else "gpu", "precision": "16-mixed", "deterministic": True, **part}
+                 "accelerator": "cpu" if device.type == "cpu" else "gpu", "deterministic": True,
+                 # bfloat16, which a CPU would take instead, is not the same there in two unbroken runs.
+                 "precision": "32-true" if device.type == "cpu" else "16-mixed", **part}
         paths[name] = folder / f"{name}.json"
         paths[name].write_text(json.dumps(about))
     return paths

@@ -930,6 +930,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'autotimm.data.loading._state_of': ('data_loading.html#_state_of', 'autotimm/data/loading.py'),
                                        'autotimm.data.loading._stateful_samplers': ( 'data_loading.html#_stateful_samplers',
                                                                                      'autotimm/data/loading.py'),
+                                       'autotimm.data.loading.accelerator_states': ( 'data_loading.html#accelerator_states',
+                                                                                     'autotimm/data/loading.py'),
                                        'autotimm.data.loading.deal': ('data_loading.html#deal', 'autotimm/data/loading.py'),
                                        'autotimm.data.loading.loader_states': ( 'data_loading.html#loader_states',
                                                                                 'autotimm/data/loading.py'),

@@ -123,13 +123,16 @@ class LenientCheckpoint:
         callback: ModelCheckpoint,                   # it is changed until `release`
     ) -> None:
         self.callback = callback
-        for name in self.hooks: setattr(callback, name, self._guarded(getattr(callback, name)))
+        for name in self.hooks: setattr(callback, name, self._guarded(getattr(callback, name), name != "on_train_batch_end"))
         callback.format_checkpoint_name = FlatName(callback)  # type: ignore[method-assign]
 
-    def _guarded(self, hook: Any) -> Any:
-        "A hook that keeps no best checkpoint while its metric is missing."
+    def _guarded(self, hook: Any, together: bool) -> Any:
+        "A hook that keeps no best checkpoint while its metric is missing, if only on one of the processes."
         def guarded(trainer: Any, *args: Any) -> None:
-            with self.without_best() if self.misses(trainer) else contextlib.nullcontext(): hook(trainer, *args)
+            missing = self.misses(trainer)
+            if together and trainer.world_size > 1:
+                missing = trainer.strategy.reduce_boolean_decision(missing, all=False)
+            with self.without_best() if missing else contextlib.nullcontext(): hook(trainer, *args)
         return guarded
 
     def misses(self, trainer: Any) -> bool:

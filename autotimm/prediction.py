@@ -365,7 +365,9 @@ def name_results(
 ) -> Results:                     # the same
     "Give results the names of their images, where the loader goes through samples in order."
     samples = getattr(getattr(loader, "dataset", None), "samples", None)
-    if samples is None or not isinstance(getattr(loader, "sampler", None), SequentialSampler): return results
+    sampler = getattr(loader, "sampler", None)
+    in_order = isinstance(getattr(sampler, "source", sampler), SequentialSampler) and getattr(sampler, "num_replicas", 1) == 1
+    if samples is None or not in_order: return results
     read = [o for o in samples if isinstance(o, Sample) and o.name not in results.bad] if results.bad else samples
     if len(read) != len(results) and not (loader.drop_last and len(read) > len(results)): return results
     for o, sample in zip(results, read):

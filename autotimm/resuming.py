@@ -23,12 +23,13 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
 from .callbacks import LenientCheckpoint, missing_metrics, watched_metrics
 from .checkpoints import LastCheckpoint, find_folders, hide_folders
-from .data.loading import ResumableLoader, random_states, raw_random_states, set_loader_states, set_random_states
+from .data.loading import (ResumableLoader, accelerator_states, random_states, raw_random_states,
+                                   set_loader_states, set_random_states)
 from .lightning_parts import add_epoch_sums, count_logged_steps, epoch_sums, set_up_training_data_again, show_metrics
 from .metrics import gather_processes
 
@@ -77,13 +78,14 @@ def stands_between_epochs(
 def metric_states(
     module: torch.nn.Module,                  # its metrics are looked at
 ) -> dict[str, dict[str, Any]]:               # name -> states, for metrics that have seen something
-    "The sums of a module's metrics, on the CPU."
+    "A copy of the sums of a module's metrics, on the CPU; what no checkpoint may hold, as masks are packed, is left out."
     found = {}
     for name, metric in module.named_modules():
         if not isinstance(metric, Metric) or not metric.update_called: continue
-        states = {k: [o.detach().cpu() for o in v] if isinstance(v, list) else v.detach().cpu()
-                  for k, v in metric.metric_state.items()}
-        found[name] = {"updates": metric.update_count, "states": states}
+        states = metric.metric_state
+        if not all(isinstance(o, torch.Tensor) for o in tree_leaves(states)): continue
+        copied = tree_map(lambda o: o.detach().to("cpu", copy=True), states)
+        found[name] = {"updates": metric.update_count, "states": copied}
     return found
 
 def set_metric_states(
@@ -231,7 +233,7 @@ class RunHistory:
 # %% ../nbs/28_resuming.ipynb #48fb4f17
 def process_state(
     trainer: Any,                             # inside a fit
-    random: Any = None,                       # of `raw_random_states` before the batch that is at work, which is to come again
+    random: Any = None,                       # for `random_states`: those before the batch at work, which is to come again
 ) -> dict[str, Any]:                          # plain values and tensors
     "What this process alone knows: random states, loaders, sums of metrics, gradients that are accumulated."
     module, loop = trainer.lightning_module, trainer.fit_loop.epoch_loop
@@ -290,6 +292,7 @@ class RunState(Callback):
         self.sums: dict[str, list[torch.Tensor]] = {}    # of the epoch before the resume, not yet added
         self.saved = -1                              # global step of the last checkpoint
         self._stepped = 0                            # batches that loggers have not been told of yet
+        self.metrics: dict[str, Any] | None = None   # states of metrics before the validation that is at work
         self.place: str | None = None                # where the run stands, while it is saved
         self.phase = "outside"                       # 'batch', 'boundary', 'batch end', 'validation', 'epoch end'
         self.validated = self.warned = self.ended_early = self.averaged = self.finished = False
@@ -340,7 +343,7 @@ class RunState(Callback):
         if len(processes) != trainer.world_size:
             rank_zero_warn(f"The checkpoint was written by {len(processes)} processes and is resumed by {trainer.world_size}: the order "
                            "of the data and random numbers will differ from those of an unbroken run.")
-            if kept.get("place") == BATCH: batches.reset()
+            if kept.get("place") != EPOCH: batches.reset()
             return
         mine = processes[trainer.global_rank]
         if not restore_process(trainer, mine):
@@ -370,7 +373,7 @@ class RunState(Callback):
         if done and (due or number): self.save(trainer, BATCH)
         if number:
             with self.at(BATCH if done else EPOCH): self.signals.deliver(number)
-        self.before = raw_random_states()
+        self.before = raw_random_states(), accelerator_states()
 
     def on_train_batch_start(self, trainer: Any, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self.phase, self.signals.busy = "batch", True
@@ -414,6 +417,7 @@ class RunState(Callback):
             # Lightning validates since the run is to end here; an unbroken run does not.
             self.save(trainer, BATCH, stepped=1)
             self.ended_early = True
+        self.metrics = metric_states(pl_module)
         self.phase, self.signals.busy = "validation", False
         if self.signals.waiting and trainer.world_size == 1: self.signals.deliver()
 
@@ -425,7 +429,7 @@ class RunState(Callback):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING: return
         self.history.val_names |= set(trainer.callback_metrics) - self._known
         self.history.val_fresh = self.validated = True
-        self.phase, self.signals.busy = "after validation", True
+        self.phase, self.signals.busy, self.metrics = "after validation", True, None
 
     def _inside_epoch(self, trainer: Any) -> bool:
         "Whether an epoch has batches left."
@@ -482,8 +486,9 @@ class RunState(Callback):
         history = [dict(o) for o in trainer.history]
         if self.history.over is not None: history.append(self.history.row(trainer))
         mine = process_state(trainer, self.before if self.phase == "batch" else None)
+        if self.phase == "validation" and self.metrics is not None: mine["metrics"] = self.metrics
         checkpoint["autotimm"] = {
-            "place": place, "processes": gather_processes({**mine, "history": history, "shown": metrics}), "metrics": metrics, "history": history, "val_names": sorted(self.history.val_names),
+            "place": place, "processes": gather_processes({**mine, "history": history, "shown": metrics}, trainer.world_size > 1), "metrics": metrics, "history": history, "val_names": sorted(self.history.val_names),
             "val_fresh": self.history.val_fresh and self.history.over is None, "finished": self.finished,
             "tuned": trainer.tuned_values, "loggers": trainer.logger_identities(), "step": trainer.global_step}
 
@@ -516,7 +521,7 @@ class RunState(Callback):
         progress = trainer.fit_loop.epoch_progress.current
         between = progress.processed == progress.ready
         done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        if self.phase == "validation": self.save(trainer, VALIDATION)
+        if self.phase == "validation" or self.phase == "batch end" and not ended and validation_is_due(trainer): self.save(trainer, VALIDATION)
         elif between and ended:
             self.history.note(trainer)
             self.save(trainer, EPOCH)

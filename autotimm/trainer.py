@@ -206,6 +206,8 @@ class AutoTrainer(pl.Trainer):
         self._strategy = copy.copy(strategy) if isinstance(strategy, Strategy) else strategy
         self._construct(self._arguments)
         self._logger_states = [logger_state(o) for o in self.loggers]
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        self._scaler_state = None if scaler is None else scaler.state_dict()
         for callback in self.callbacks: remember_start(callback)
 
     def _construct(self, arguments: dict[str, Any]) -> None:
@@ -344,8 +346,7 @@ class AutoTrainer(pl.Trainer):
         loop.min_epochs, loop.max_epochs, loop.epoch_loop.min_steps, loop.epoch_loop.max_steps = limits
         for name, value in changed.items(): setattr(self, name, value)
         for logger, state in zip(self.loggers, self._logger_states): restart_logger(logger, state)
-        if precision is self.precision_plugin and (scaler := getattr(precision, "scaler", None)) is not None:
-            scaler.load_state_dict(type(scaler)().state_dict())
+        if precision is self.precision_plugin and self._scaler_state: precision.scaler.load_state_dict(self._scaler_state)  # type: ignore[attr-defined]
 
     def _folder(self, again: bool, path: str | None) -> Path | None:
         "The folder of this fit's checkpoints: that of the run which goes on, or a new one."

@@ -161,3 +161,85 @@ def test_a_full_disk_and_a_folder_that_is_gone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad", [0, -1, timedelta(seconds=-1), "10 minutes", True])
 def test_an_interval_that_cannot_be_is_named(bad, tmp_path):
     with pytest.raises((TypeError, ValueError), match="checkpoint_interval must be"): AutoTrainer(checkpoint_interval=bad)
+
+
+class Measured(Full):
+    "Measures its validation by a metric of torchmetrics, and breaks off in the middle of one."
+    broken = True
+
+    def __init__(self):
+        super().__init__()
+        from torchmetrics.classification import MulticlassAccuracy
+        self.measure = MulticlassAccuracy(4, average="micro")
+
+    def validation_step(self, batch, batch_idx):
+        if type(self).broken and self.trainer.current_epoch == 1 and batch_idx == 1: raise RuntimeError("a validation that fails")
+        self.measure(self(batch[0]), batch[1])
+        self.log("val/measured", self.measure, on_step=False, on_epoch=True)
+        super().validation_step(batch, batch_idx)
+
+
+class Unbroken(Measured): broken = False
+
+
+def test_a_validation_that_is_broken_off_is_not_counted_twice(tmp_path):
+    whole = run(tmp_path / "whole", model=Unbroken)
+    run(tmp_path / "broken", model=Measured, error=RuntimeError)
+    assert assert_goes_on(whole, tmp_path / "broken", model=Unbroken) == 4
+
+
+def test_states_of_metrics_that_no_checkpoint_may_hold_are_left_out(tmp_path):
+    from torchmetrics import Metric
+    from autotimm.resuming import metric_states
+    class Packed(Metric):
+        "Keeps pairs, as a metric of masks does."
+        def __init__(self):
+            super().__init__()
+            self.add_state("pairs", [], dist_reduce_fx=None)
+        def update(self): self.pairs.append(((3, 4), b"runs"))
+        def compute(self): return torch.tensor(len(self.pairs))
+    holder = torch.nn.ModuleDict({"packed": Packed()})
+    holder["packed"].update()
+    assert metric_states(holder) == {}
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_callback_that_fails_after_a_batch_with_a_validation_due(tmp_path, at):
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == at: raise RuntimeError("a callback that fails")
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "broken", callbacks=[Fails()], error=RuntimeError)
+    assert assert_goes_on(whole, tmp_path / "broken") == 12 - at
+
+
+def test_a_second_model_with_a_users_scaler(tmp_path):
+    from pytorch_lightning.plugins import MixedPrecision
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    trainer = AutoTrainer(max_epochs=1, default_root_dir=str(tmp_path), plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **QUIET)
+    for _ in range(2):
+        trainer.fit(Full(), *loaders())
+        assert scaler.get_scale() == 8.0 * 2**4
+
+
+def test_the_trainer_goes_to_spawned_processes(tmp_path):
+    import pickle
+    trainer = AutoTrainer(default_root_dir=str(tmp_path), **QUIET)
+    assert pickle.loads(pickle.dumps(trainer.strategy.process_dataloader)) is not None
+
+
+def test_what_was_set_and_added_since_stays_for_a_second_model(tmp_path):
+    "Lightning's constructor runs again, with the arguments that were given."
+    class Collects(pl.Callback):
+        "No state that Lightning knows of."
+        def __init__(self): self.losses = []
+        def on_validation_end(self, trainer, pl_module): self.losses.append(float(trainer.callback_metrics["val/loss"]))
+    first, later = Collects(), Seen()
+    trainer = AutoTrainer(max_epochs=2, default_root_dir=str(tmp_path), callbacks=[first], num_sanity_val_steps=0, **QUIET)
+    trainer.fit(Full(), *loaders())
+    trainer.callbacks.append(later)
+    trainer.limit_train_batches = 3
+    trainer.fit_loop.max_epochs = 1
+    trainer.fit(Full(), *loaders())
+    assert trainer.current_epoch == 1 and trainer.global_step == 3 and len(later.batches) == 3 and len(first.losses) == 3
+    assert trainer.callbacks.count(first) == trainer.callbacks.count(later) == 1 and trainer.run_folder.name == "version_1"

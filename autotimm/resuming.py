@@ -30,7 +30,7 @@ from .callbacks import LenientCheckpoint, missing_metrics, watched_metrics
 from .checkpoints import LastCheckpoint, find_folders, hide_folders
 from .data.loading import (ResumableLoader, accelerator_states, random_states, raw_random_states,
                                    set_loader_states, set_random_states)
-from .lightning_parts import add_epoch_sums, count_logged_steps, epoch_sums, set_up_training_data_again, show_metrics
+from .lightning_parts import add_epoch_sums, count_exactly, count_logged_steps, epoch_sums, set_up_training_data_again, show_metrics
 from .metrics import gather_processes
 
 # %% ../nbs/28_resuming.ipynb #311dc85c
@@ -381,6 +381,13 @@ class RunState(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.phase = "batch end"
         if self.sums: add_epoch_sums(trainer, self.sums)
+        if trainer.world_size > 1: count_exactly(trainer)
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.world_size > 1: count_exactly(trainer)
+
+    def on_test_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.world_size > 1: count_exactly(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         self._go_on(trainer)

@@ -1,12 +1,15 @@
 """One training run in a process of its own, for test_exact.py and the benchmark: python exact_run.py SETTINGS.json ...
 
 Settings: kind ('classifier', 'boxes', 'own', 'plain'), root, out, workers, context, accelerator, devices, precision, interval,
-kill or fail [epoch, batch], resume, and what differs from the defaults of the kind. All that can differ between a whole run and a broken one ends up in `out`."""
+kill or fail [epoch, batch], resume, train (images), slow (seconds that each batch waits), trace, and what differs from the
+defaults of the kind. All that can differ between a whole run and a broken one ends up in `out`; what a run that is killed from
+outside has seen is in the files `trace`.RANK."""
 import json
 import os
 import random
 import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -70,19 +73,28 @@ class Noisy(Dataset):
 
 
 class Watch(pl.Callback):
-    "Notes what each step sees, and ends the process where it is told to."
-    def __init__(self, kill=None, fail=None): self.kill, self.fail, self.seen = kill, fail, []
+    "Notes what each step sees, also in a file that outlives the process, and ends the process where it is told to."
+    def __init__(self, kill=None, fail=None, trace=None, slow=0.0):
+        self.kill, self.fail, self.trace, self.slow, self.seen = kill, fail, trace, slow, []
+    def on_train_start(self, trainer, pl_module): self.note(trainer, "process", os.getpid())
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         first = batch["images"] if isinstance(batch, dict) else batch[0]
         self.seen.append([trainer.current_epoch, batch_idx, *first.double().flatten(1).sum(1).tolist()])
+        self.note(trainer, *self.seen[-1])
         if self.kill == [trainer.current_epoch, batch_idx]: os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.slow)
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if not trainer.sanity_checking: self.note(trainer, "validation", trainer.current_epoch, batch_idx)
+    def note(self, trainer, *what):
+        if self.trace is None: return
+        with open(f"{self.trace}.{trainer.global_rank}", "a") as file: file.write(json.dumps(what) + "\n")
 
     def on_before_backward(self, trainer, pl_module, loss):
         if self.fail == self.seen[-1][:2]: raise RuntimeError("A step that fails after it has drawn random numbers.")
 
 
 def classifier(s):
-    folder = write_folders(Path(s["data"]) / "folders", splits=dict(train=22, val=9), image_size=24)
+    folder = write_folders(Path(s["data"]) / "folders", splits=dict(train=s.get("train", 22), val=9), image_size=24)
     data = ImageDataModule(folder, image_size=16, batch_size=4, num_workers=s.get("workers", 0), balanced_sampling=s.get("balanced", False),
                            augmentation_preset="strong", persistent_workers=s.get("persistent"))
     model = ImageClassifier(BackboneConfig("test_resnet", pretrained=False), num_classes=data.num_classes, ema_decay=0.9, mixup_alpha=0.2, unfreeze_after=s.get("unfreeze", 1),
@@ -91,7 +103,7 @@ def classifier(s):
 
 
 def boxes(s):
-    folder = write_coco(Path(s["data"]) / "coco", splits=dict(train=14, val=5), image_size=64, num_classes=2)
+    folder = write_coco(Path(s["data"]) / "coco", splits=dict(train=s.get("train", 14), val=5), image_size=64, num_classes=2)
     data = DetectionDataModule(folder, image_size=64, batch_size=4, num_workers=s.get("workers", 0), mosaic=0.5, mixup=0.3, multi_scale=(0.5, 1.0),
                                persistent_workers=s.get("persistent"))
     model = ObjectDetector(FeatureBackboneConfig("test_resnet", pretrained=False), num_classes=data.num_classes, fpn_channels=16, head_num_convs=1, lr=0.001)
@@ -108,7 +120,7 @@ def own(s):
 
 def plain(s):
     loader = lambda n, shuffle: DataLoader(Noisy(n), 4, shuffle=shuffle, num_workers=s.get("workers", 0))
-    return Own(schedule=s.get("schedule", "onecycle")), (loader(22, True), loader(9, False))
+    return Own(schedule=s.get("schedule", "onecycle")), (loader(s.get("train", 22), True), loader(9, False))
 
 
 def main(s: dict) -> None:
@@ -116,7 +128,7 @@ def main(s: dict) -> None:
     if s.get("context"): torch.multiprocessing.set_start_method(s["context"], force=True)
     pl.seed_everything(99 if s.get("resume") else 0, verbose=False)      # another state: all must come from the file
     model, data = dict(classifier=classifier, boxes=boxes, own=own, plain=plain)[s["kind"]](s)
-    watch = Watch(s.get("kill"), s.get("fail"))
+    watch = Watch(s.get("kill"), s.get("fail"), s.get("trace"), s.get("slow", 0))
     limits = {"max_steps": s["steps"]} if "steps" in s else {"max_epochs": s.get("epochs", 3)}
     if "limits" in s: limits = {k: timedelta(seconds=v) if k == "max_time" else v for k, v in s["limits"].items()}
     interval = s.get("interval", 1)

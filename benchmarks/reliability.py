@@ -29,10 +29,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,6 @@ class Job:
     pids: list[int]
     log: Path
     trace: str
-    began: float = field(default_factory=time.monotonic)
     codes: dict[int, int] = field(default_factory=dict)    # rank -> exit status
 
     def poll(self) -> bool:
@@ -95,6 +94,14 @@ class Job:
         path = Path(f"{self.trace}.{rank}")
         if not path.exists(): return []
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def last_note(self) -> float:
+        "When it wrote something down last, on the clock."
+        return Path(f"{self.trace}.0").stat().st_mtime
+
+    def validates(self, batches: int) -> bool:
+        "Whether it has come to a batch of validation."
+        return sum(o[0] == "validation" for o in self.notes()) >= batches
 
     def said(self) -> str:
         "The error that ended it, in a line."
@@ -215,25 +222,25 @@ def cases(seed: int) -> list[Case]:
     return one + two
 
 
-def broken(case: Case, folder: Path, window: float, rng: random.Random) -> tuple[list[Job], list[str], list[float]]:
-    "Kill a run, and each that goes on from it, until the last comes to the end: the jobs, where they were killed, seconds until the others ended."
+def broken(case: Case, folder: Path, window: float, rng: random.Random) -> tuple[list[Job], list[str]]:
+    "Kill a run, and each that goes on from it, until the last comes to the end: the jobs, and where they were killed."
     jobs: list[Job] = []
     places: list[str] = []
-    errors: list[float] = []
-    settings, tries = case.settings(folder, "broken"), 0
+    settings, tries, over = case.settings(folder, "broken"), 0, False
     while True:
-        resume = {"resume": True, "ckpt": rng.choice(["last", "auto"])} if places else {}
+        resume = {"resume": True, "ckpt": "last" if over else rng.choice(["last", "auto"])} if places else {}
         job = start({**settings, **resume, "trace": f"{settings['trace']}.{len(jobs)}"}, folder / f"broken-{len(jobs)}.log")
         jobs.append(job)
         if len(places) == case.kills:
             finished(job, f"{case}, going on after {len(places)} kills")
-            return jobs, places, errors
-        job.wait(lambda: last_of(settings["root"]) is not None if not places else bool(job.notes()))
-        if case.validating: job.wait(lambda n=rng.randint(1, 3): sum(o[0] == "validation" for o in job.notes()) >= n)
+            return jobs, places
+        ready = partial(last_of, settings["root"]) if not places else job.notes
+        job.wait(lambda ready=ready: bool(ready()))
+        if case.validating: job.wait(partial(job.validates, rng.randint(1, 3)))
         else: time.sleep(rng.uniform(0, 0.9 * window / 2**tries))
         if job.poll():                       # it came to its end before the moment that was drawn
             if set(job.codes.values()) != {0}: raise RuntimeError(f"{case}: {job.codes}\n{job.log.read_text()[-4000:]}")
-            if places: return jobs, places, errors
+            if places: return jobs, places
             tries += 1
             if tries > 6: raise RuntimeError(f"{case}: it was never killed in time.")
             jobs.clear()
@@ -242,18 +249,18 @@ def broken(case: Case, folder: Path, window: float, rng: random.Random) -> tuple
                 if path.is_file(): path.unlink()
             continue
         job.kill(case.ranks())
-        killed = time.monotonic()
         last = job.notes()[-1] if job.notes() else ["start"]
         job.wait(seconds=90)
         if not job.poll():
             job.end()
             raise RuntimeError(f"{case}: after {case.who} was killed the other process still waits after 90 s.\n{job.log.read_text()[-3000:]}")
-        if len(job.pids) > 1: errors.append(time.monotonic() - killed)
         half = list(Path(settings["root"]).rglob(".*.partial"))
         path = last_of(settings["root"])
-        assert path is not None
+        if path is None: raise RuntimeError(f"{case}: last.ckpt is gone.")
         where = {"validation": "validation", "process": "start", "start": "start"}.get(str(last[0]), f"epoch {last[0]}, batch {last[1] if len(last) > 1 else 0}")
-        places.append(f"{where}{' (writing)' if half else ''}, on from step {read_run(path)['step']}")
+        kept = read_run(path)
+        over = kept["finished"]               # 'auto' would rightly begin another run
+        places.append(f"{where}{' (writing)' if half else ''}, on from step {kept['step']}")
 
 
 def kill_one(case: Case, folder: Path, seed: int) -> list[object]:
@@ -263,10 +270,10 @@ def kill_one(case: Case, folder: Path, seed: int) -> list[object]:
     case.more = {"interval": interval, **case.more}
     whole = start(case.settings(folder, "whole"), folder / "whole.log")
     whole.wait(lambda: last_of(case.settings(folder, "whole")["root"]) is not None)
-    first = time.monotonic()
+    first = time.time()
     finished(whole, f"{case}, unbroken")
-    window = time.monotonic() - first
-    jobs, places, _ = broken(case, folder, window, rng)
+    window = max(0.1, whole.last_note() - first)
+    jobs, places = broken(case, folder, window, rng)
     wrong: list[str] = []
     for rank in range(case.devices):
         suffix = f".{rank}" if case.devices > 1 else ""
@@ -385,12 +392,12 @@ def disk_one(case: Case, base: Path, rng: random.Random) -> list[object]:
     "A row about a run whose disk fills up at a random moment."
     folder = base / "w"
     folder.mkdir()
-    whole = case.settings(folder, "whole")
+    whole: dict[str, Any] = case.settings(folder, "whole")
     job = start(whole, folder / "whole.log")
     job.wait(lambda: last_of(whole["root"]) is not None)
-    first = time.monotonic()
+    first = time.time()
     finished(job, f"{case}, unbroken")
-    window = time.monotonic() - first
+    window = max(0.1, job.last_note() - first)
     written = last_of(whole["root"])
     assert written is not None
     size = written.stat().st_size
@@ -456,13 +463,16 @@ class Memory(pl.Callback):
         with self.path.open("a") as file: file.write(json.dumps([trainer.current_epoch, megabytes(os.getpid()), sum(workers)]) + "\n")
 
 
+def watched(path: Path) -> list[pl.Callback]: return [Memory(path)]
+
+
 def memory(args: argparse.Namespace) -> None:
     rows: list[list[object]] = []
     for workers in (0, 2):
         with tempfile.TemporaryDirectory(prefix="memory-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             settings = {**Case("classifier", workers, "fork" if workers else "").settings(folder, "run"), "epochs": args.epochs, "interval": None, "persistent": bool(workers)}
-            job = start(settings, folder / "log", lambda folder=folder: [Memory(folder / "memory")])
+            job = start(settings, folder / "log", partial(watched, folder / "memory"))
             job.wait(seconds=1500)
             finished(job, "memory")
             found = np.array([json.loads(o) for o in (folder / "memory").read_text().splitlines()])
@@ -577,7 +587,6 @@ def loader_cost(args: argparse.Namespace) -> None:
 
 def trainer_cost(args: argparse.Namespace) -> None:
     import overhead
-    from torch import nn
     def auto(run: overhead.Run) -> float: return overhead.by_trainer(overhead.Plain(), run)
     def silent(run: overhead.Run) -> float:
         return overhead.by_trainer(overhead.ImageClassifier(overhead.Convolution(), overhead.CLASSES, lr=1e-4, scheduler=None), run)
@@ -586,7 +595,6 @@ def trainer_cost(args: argparse.Namespace) -> None:
                               "AutoTrainer, ImageClassifier": silent}, overhead.Run(overhead.batches(1005, 16, 8), time.process_time), 7)
     rows = [[name, f"{1e3 * statistics.median(times):.2f}", f"{1e3 * min(times):.2f} to {1e3 * max(times):.2f}", f"{ratio(found, name, 'pl.Trainer'):.3f}"]
             for name, times in found.items()]
-    assert nn is not None
     print(table(rows, ["one small convolution, processor time", "ms a step, median", "lowest and highest", "of pl.Trainer's"]))
 
 

@@ -410,7 +410,7 @@ def disk_one(case: Case, base: Path, rng: random.Random) -> list[object]:
         else:
             for pid in job.pids: resource.prlimit(pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
         job.wait(seconds=90)
-        said = next((o for o in job.log.read_text().splitlines() if "could not be written" in o), job.said() or "no error")
+        said = next((o for o in job.log.read_text().splitlines() if o.startswith("OSError") and "could not be written" in o), job.said() or "no error")
         if not job.poll():
             job.end()
             said = "HANGS: " + said
@@ -428,7 +428,7 @@ def disk_one(case: Case, base: Path, rng: random.Random) -> list[object]:
             wrong += differences(*(torch.load(folder / f"{o}.pt{suffix}", weights_only=False) for o in ("whole", "broken")))
             told = samples(steps_of(Job([], job.log, whole["trace"]).notes(rank)), [steps_of(o.notes(rank)) for o in (job, again)])
             wrong += [told] if told else []
-    said = re.sub(r"'/\S+/(checkpoints/\S+')", r"'…/\1", said)
+    said = re.sub(r"'/\S+/(checkpoints/\S+')", r"'.../\1", said)
     return [str(case), case.devices, "tmpfs" if mounted else "RLIMIT_FSIZE", said, "; ".join(left) or "nothing", f"read; on from step {step}",
             "exact" if not wrong else f"NOT: {', '.join(wrong[:3])}"]
 

@@ -42,8 +42,9 @@ class Own(pl.LightningModule):
         x, y = batch
         logits = self.net(x)
         loss = nn.functional.cross_entropy(logits, y)
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True)
-        self.log(f"{stage}/largest", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        how = dict(on_step=False, on_epoch=True, sync_dist=stage == "val")     # the best file is that of all processes
+        self.log(f"{stage}/loss", loss, **how)
+        self.log(f"{stage}/largest", loss, reduce_fx="max", **how)
         if stage == "train":
             self.accuracy(logits, y)
             self.log("train/accuracy", self.accuracy, on_step=False, on_epoch=True)

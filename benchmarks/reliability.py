@@ -104,9 +104,9 @@ class Job:
         return sum(o[0] == "validation" for o in self.notes()) >= batches
 
     def said(self) -> str:
-        "The error that ended it, in a line."
-        lines = [o for o in self.log.read_text(errors="replace").splitlines() if re.match(r"\w*(\.\w+)*(Error|Exception|Exit|Interrupt)\b", o)]
-        return lines[-1] if lines else ""
+        "The first error in its output, in a line."
+        found = re.search(r"^(?:\[\w+\]:\s*)?([\w.]*(?:Error|Exception|Exit|Interrupt)\b: .+)$", self.log.read_text(errors="replace"), re.M)
+        return found[1] if found else ""
 
 
 def free_port() -> int:
@@ -456,6 +456,8 @@ class Memory(pl.Callback):
     def __init__(self, path: Path): self.path = path
 
     def on_train_epoch_end(self, trainer, pl_module):
+        for callback in trainer.callbacks:
+            if isinstance(callback, exact_run.Watch): callback.seen.clear()      # what the tests keep is no part of a run
         workers = []
         for task in Path("/proc/self/task").iterdir():
             for pid in (task / "children").read_text().split():
@@ -496,52 +498,50 @@ def trend(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 # Part 6: the cost
 
 class Steps(pl.Callback):
-    "The time of each step, on the wall, from one end to the next."
-    def __init__(self) -> None: self.ends: list[float] = []
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx): self.ends.append(time.perf_counter())
+    "When each step ended, on the wall and in processor time of all threads."
+    def __init__(self) -> None: self.ends: list[tuple[float, float]] = []
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx): self.ends.append((time.perf_counter(), time.process_time()))
 
 
-def train_for(seconds: float, interval: timedelta | None, folder: Path) -> tuple[list[float], list[tuple[float, float]]]:
-    "Train ResNet-18: the times of its steps, and wall and processor time of each last.ckpt inside the epoch."
+def train_for(seconds: float, interval: timedelta | None, folder: Path) -> tuple[np.ndarray, list[float]]:
+    "Train ResNet-18: seconds of its steps, on the wall and of the processor, and how long each last.ckpt inside the epoch stopped it."
     import timm
     from overhead import CLASSES, batches
 
     from autotimm import AutoTrainer, ImageClassifier
-    saves: list[tuple[float, float]] = []
+    pauses: list[float] = []
 
     class Timed(AutoTrainer):
         def save_checkpoint(self, *arguments: Any, **how: Any) -> None:
-            began = time.perf_counter(), time.process_time()
+            began = time.perf_counter()
             super().save_checkpoint(*arguments, **how)
-            saves.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+            pauses.append(time.perf_counter() - began)
     steps = Steps()
     model = ImageClassifier(timm.create_model("resnet18", num_classes=0), CLASSES, lr=1e-4, scheduler=None)
     trainer = Timed(max_time=timedelta(seconds=seconds), max_epochs=-1, callbacks=[steps], default_root_dir=str(folder), checkpoint_interval=interval,
                     checkpoint_monitor=None, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     trainer.fit(model, batches(100_000, 16, 96))
-    inside = len(saves) - 1                  # the last one is that of the end of the run
-    return np.diff(steps.ends)[5:].tolist(), saves[:inside]
+    return np.diff(steps.ends, axis=0)[5:], pauses[:-1]      # the last is that of the end of the run
 
 
 def checkpoint_cost(args: argparse.Namespace) -> None:
     sides = {"every 10 s": timedelta(seconds=10), "between epochs only": None}
-    times: dict[str, list[float]] = {o: [] for o in sides}
-    medians: dict[str, list[float]] = {o: [] for o in sides}
-    means: dict[str, list[float]] = {o: [] for o in sides}
-    saves: list[tuple[float, float]] = []
+    steps: dict[str, list[np.ndarray]] = {o: [] for o in sides}
+    pauses: list[float] = []
     for i in range(args.runs):
         for name in list(sides)[::1 if i % 2 == 0 else -1]:
-            with tempfile.TemporaryDirectory(prefix="cost-", dir=args.disk) as folder: steps, written = train_for(args.seconds / args.runs, sides[name], Path(folder))
-            times[name] += steps
-            medians[name].append(statistics.median(steps))
-            means[name].append(statistics.mean(steps))
-            saves += written
-    rows = [[name, len(times[name]), f"{1e3 * statistics.median(times[name]):.1f}", f"{1e3 * statistics.mean(times[name]):.1f}"] for name in sides]
-    print(table(rows, ["last.ckpt", "steps", "ms a step, median", "mean"]))
-    wall, cpu = (statistics.median(o) for o in zip(*saves))
-    a, b = sides
-    print(f"\nRatio over {args.runs} pairs, medians: {ratio(medians, a, b):.3f}, means: {ratio(means, a, b):.3f}. One last.ckpt of {len(saves)}: {1e3 * wall:.0f} ms "
-          f"({1e3 * min(o for o, _ in saves):.0f} to {1e3 * max(o for o, _ in saves):.0f}), {1e3 * cpu:.0f} ms of it processor time: {wall / 10:.1%} of ten seconds.\n", flush=True)
+            with tempfile.TemporaryDirectory(prefix="cost-", dir=args.disk) as folder: one, stopped = train_for(args.seconds / args.runs, sides[name], Path(folder))
+            steps[name].append(one)
+            pauses += stopped
+    measures: dict[str, Callable[[np.ndarray], float]] = {
+        "median": lambda o: float(np.median(o[:, 0])), "mean": lambda o: float(o[:, 0].mean()), "processor time, mean": lambda o: float(o[:, 1].mean())}
+    rows = [[name, sum(map(len, steps[name])), *(f"{1e3 * statistics.median(map(o, steps[name])):.1f}" for o in measures.values())] for name in sides]
+    a, b = ({k: [*map(o, steps[name])] for k, o in measures.items()} for name in sides)
+    rows.append(["ratio, by pair", "", *(f"{statistics.median(x / y for x, y in zip(a[k], b[k])):.3f}" for k in measures)])
+    print(table(rows, ["last.ckpt", "steps", *(f"ms a step, {o}" for o in measures)]))
+    stop = statistics.median(pauses)
+    print(f"\nEach of {len(pauses)} last.ckpt stopped the training for {1e3 * stop:.0f} ms ({1e3 * min(pauses):.0f} to {1e3 * max(pauses):.0f}): "
+          f"{stop / 10:.2%} of ten seconds.\n", flush=True)
 
 
 class Photos(torch.utils.data.Dataset):

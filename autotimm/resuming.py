@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
 from .callbacks import LenientCheckpoint, missing_metrics, watched_metrics
-from .checkpoints import LastCheckpoint, find_folders, hide_folders
+from .checkpoints import AtomicCheckpointIO, LastCheckpoint, find_folders, hide_folders
 from .data.loading import (ResumableLoader, accelerator_states, random_states, raw_random_states,
                                    set_loader_states, set_random_states)
 from .lightning_parts import add_epoch_sums, count_exactly, count_logged_steps, epoch_sums, set_up_training_data_again, show_metrics
@@ -154,7 +154,15 @@ class CheckpointClock:
         interval: timedelta | int | None,     # time, steps, or None: never
     ) -> None:
         self.interval = interval
-        self.restart(0)
+        self.begin(0)
+
+    def begin(
+        self,
+        step: int,                            # global step
+    ) -> None:
+        "Count anew at the start of a training, when nothing is known of how long a batch takes."
+        self.restart(step)
+        self.batches = -1
 
     def restart(
         self,
@@ -273,6 +281,11 @@ def restore_process(
     return True
 
 # %% ../nbs/28_resuming.ipynb #a9f4b962
+def _files(trainer: Any) -> AtomicCheckpointIO | None:
+    "What writes the checkpoints of a trainer, where it is ours."
+    files = getattr(trainer.strategy, "checkpoint_io", None)
+    return files if isinstance(files, AtomicCheckpointIO) else None
+
 class RunState(Callback):
     "Keeps what a run needs beyond Lightning's own state, writes `last.ckpt`, and lets the run go on exactly."
     def __init__(
@@ -295,7 +308,7 @@ class RunState(Callback):
         self.metrics: dict[str, Any] | None = None   # states of metrics before the validation that is at work
         self.place: str | None = None                # where the run stands, while it is saved
         self.phase = "outside"                       # 'batch', 'boundary', 'batch end', 'validation', 'epoch end'
-        self.validated = self.warned = self.ended_early = self.averaged = self.finished = False
+        self.validated = self.warned = self.ended_early = self.averaged = self.finished = self.restored = False
         self.loader: ResumableLoader | None = None   # the one that calls before each batch
         self.held: Any = None                        # limit_val_batches, while a resume passes by a validation
         self.lenient: list[LenientCheckpoint] = []   # guards of callbacks
@@ -327,7 +340,7 @@ class RunState(Callback):
         first = next(iter(training_loaders(trainer)), None)
         if isinstance(first, ResumableLoader):
             self.loader, first.before_batch = first, lambda: self.before_batch(trainer)
-        self.clock.restart(trainer.global_step)
+        self.clock.begin(trainer.global_step)
         self.signals.install(trainer.world_size > 1)
 
     def _restore(self, trainer: Any) -> None:
@@ -335,9 +348,7 @@ class RunState(Callback):
         assert self.pending is not None
         kept, self.pending = self.pending, None
         processes, batches = kept["processes"], trainer.fit_loop.epoch_loop.batch_progress.current
-        own = processes[trainer.global_rank] if len(processes) == trainer.world_size else {}
-        show_metrics(trainer, own.get("shown", kept["metrics"]))
-        trainer.history.extend(dict(o) for o in own.get("history", kept["history"]))
+        self._show(trainer, kept)
         self.history.val_names = set(kept["val_names"])
         self.history.val_fresh = bool(kept.get("val_fresh"))
         if len(processes) != trainer.world_size:
@@ -350,10 +361,21 @@ class RunState(Callback):
             rank_zero_warn("The checkpoint was written inside an epoch, and the order of its data cannot be replayed: the epoch starts "
                            "again. Use a sampler of torch's, or one whose order follows from set_epoch() or the random numbers of torch.")
             return
-        self.random, self.sums = mine["random"], dict(mine.get("sums", {}))
+        self.random, self.sums, self.restored = mine["random"], dict(mine.get("sums", {})), True
         if kept.get("place") == BATCH and batches.ready:
             # The validation after this batch is over, which Lightning cannot know.
             self.held, trainer.limit_val_batches = trainer.limit_val_batches, 0
+
+    def _show(self, trainer: Any, kept: dict[str, Any]) -> None:
+        "Let history and metrics be those of the checkpoint."
+        processes = kept["processes"]
+        own = processes[trainer.global_rank] if len(processes) == trainer.world_size else {}
+        show_metrics(trainer, own.get("shown", kept["metrics"]))
+        trainer.history.extend(dict(o) for o in own.get("history", kept["history"]))
+
+    def on_fit_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        if self.pending is not None: self._show(trainer, self.pending)      # there was nothing left to train
+        self.pending = None
 
     def _go_on(self, trainer: Any) -> None:
         "The last step of a resume, when the loop is where the checkpoint was written."
@@ -368,9 +390,10 @@ class RunState(Callback):
         if self.phase == "outside": return
         self.phase, self.signals.busy = "boundary", False
         self._go_on(trainer)
+        if files := _files(trainer): files.settle(wait=False)
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         due, number = self.clock.agreed(trainer, self.signals.waiting)
-        if done and (due or number): self.save(trainer, BATCH)
+        if done and (due or number): self.save(trainer, BATCH, later=not number)
         if number:
             with self.at(BATCH if done else EPOCH): self.signals.deliver(number)
         self.before = raw_random_states(), accelerator_states()
@@ -402,6 +425,10 @@ class RunState(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         self._go_on(trainer)
         self.phase = "epoch end"
+        # Lightning leaves ReduceLROnPlateau out after an epoch that was resumed, since it keeps no metrics; here they are kept.
+        # (A run that steps end is always taken for one that restarts: set there, it would never end.)
+        if self.restored and trainer.max_steps == -1: trainer.fit_loop.restarting = False
+        self.restored = False
         self._log_sums(pl_module)
         if self._inside_epoch(trainer) and not self.ended_early:
             self.finished = not self._out_of_time(trainer)
@@ -419,6 +446,7 @@ class RunState(Callback):
     def on_validation_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         self._known = set(trainer.callback_metrics)
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING: return
+        if files := _files(trainer): files.settle()      # no worker is forked while a thread writes
         self._go_on(trainer)
         if trainer.should_stop and self._inside_epoch(trainer) and not validation_is_due(trainer):
             # Lightning validates since the run is to end here; an unbroken run does not.
@@ -476,11 +504,14 @@ class RunState(Callback):
         trainer: Any,                         # inside a fit
         place: str,                           # where the run stands
         stepped: int = 0,                     # batches that loggers have not been told of yet
+        later: bool = False,                  # write it while the training goes on
     ) -> None:
         "Write `last.ckpt`."
         self._stepped, self.saved = stepped, trainer.global_step
         if self.last is not None and trainer.run_folder is not None and not trainer.fast_dev_run:
-            with self.at(place): self.last.save(trainer, trainer.run_folder)
+            files = _files(trainer) if later else None
+            with self.at(place), files.in_background() if files else contextlib.nullcontext():
+                self.last.save(trainer, trainer.run_folder)
         self.clock.restart(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -534,8 +565,10 @@ class RunState(Callback):
             self.save(trainer, EPOCH)
         elif self.phase != "epoch end" and done and (self.phase != "boundary" or self.saved != trainer.global_step): self.save(trainer, BATCH, stepped=not ended and self.phase == "batch end")
 
-    def release(self) -> None:
+    def release(self, trainer: Any) -> None:
         "Make callbacks, signals and limits what they were before the fit."
+        if files := _files(trainer):
+            with contextlib.suppress(OSError): files.settle()      # after an error of its own
         self.signals.remove()
         for stopping in self.strict: stopping.strict = True
         for guard in self.lenient: guard.release()

@@ -370,7 +370,7 @@ class AutoTrainer(pl.Trainer):
 
     def _end(self) -> None:
         "Tidy up after a fit, however it ended."
-        self._run_state.release()
+        self._run_state.release(self)
         self._attached = (self._attached[0], [*self.callbacks])
         self._plain_values = {**self._plain_values, **self._values_of_the_run()}
         folder = self.run_folder

@@ -50,6 +50,7 @@ CASES = {
     "boxes": dict(kind="boxes", kill=(1, 2), workers=2),
     "own": dict(kind="own", kill=(1, 3), workers=2, val_check_interval=0.5),
     "plateau": dict(kind="own", kill=(2, 1), schedule="plateau", val_check_interval=3),
+    "plateau_later": dict(kind="own", kill=(0, 2), schedule="plateau"),
     "plain": dict(kind="plain", kill=(1, 3)),
     "plain_workers": dict(kind="plain", kill=(0, 4), workers=2),
     "first_batch": dict(kind="own", kill=(1, 0)),

@@ -94,6 +94,35 @@ def test_the_files_of_a_users_model_checkpoint(how, tmp_path):
     for done, file in enumerate(files[:-1], 1): assert assert_goes_on(whole, tmp_path / f"on{done}", file, **how) == 12 - done
 
 
+def test_a_run_that_had_come_to_its_end_has_its_history(tmp_path):
+    whole = run(tmp_path)
+    trainer, model, seen = run(tmp_path, "last", seed=7)
+    assert seen == [] and trainer.history == whole[0].history and same_weights(model, whole[1])
+    assert trainer.callback_metrics["val/loss"] == whole[0].callback_metrics["val/loss"]
+
+
+class Drawn(torch.utils.data.Dataset):
+    "Images of validation that draw random numbers."
+    def __init__(self, data): self.data = data
+    def __len__(self): return len(self.data)
+    def __getitem__(self, i): return self.data[i][0] + torch.randn(1), self.data[i][1]
+
+
+@pytest.mark.parametrize("at", [2, 4, 7, 8])
+def test_a_validation_that_draws_random_numbers_draws_the_same_after_a_resume(at, tmp_path):
+    "Whether a sanity check or another validation of the epoch came before it in this process."
+    def fit(root, seed, ckpt=None, steps=-1):
+        torch.set_num_threads(1)
+        pl.seed_everything(seed, verbose=False)
+        train, val = loaders()
+        trainer = AutoTrainer(default_root_dir=str(root), max_epochs=3, max_steps=steps, val_check_interval=0.5, checkpoint_interval=1, **QUIET)
+        trainer.fit(Full(), train, torch.utils.data.DataLoader(Drawn(val.dataset), 16), ckpt_path=ckpt)
+        return trainer.history
+    whole = fit(tmp_path / "whole", 0)
+    fit(tmp_path / "broken", 0, steps=at)
+    assert fit(tmp_path / "broken", 7, "last") == whole
+
+
 def test_the_best_checkpoint_of_a_validation_inside_an_epoch(tmp_path):
     "One row an epoch, with its training metrics."
     whole = run(tmp_path / "whole", val_check_interval=0.5)

@@ -272,3 +272,28 @@ def test_what_was_set_and_added_since_stays_for_a_second_model(tmp_path):
     trainer.fit(Full(), *loaders())
     assert trainer.current_epoch == 1 and trainer.global_step == 3 and len(later.batches) == 3 and len(first.losses) == 3
     assert trainer.callbacks.count(first) == trainer.callbacks.count(later) == 1 and trainer.run_folder.name == "version_1"
+
+
+def test_the_loggers_of_a_run_go_on_with_it(tmp_path):
+    "Each value once, in one file, though the run went two steps further than its last checkpoint."
+    import csv
+    from autotimm.loggers import LoggerConfig
+    class Steps(Full):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/step_loss", loss, on_step=True, on_epoch=False)
+            return loss
+    def stop(): os.kill(os.getpid(), signal.SIGKILL)
+    how = dict(model=Steps, checkpoint_interval=3, log_every_n_steps=1)
+    def logger(): return [LoggerConfig("csv", {"save_dir": str(tmp_path / "csv")})]
+    if (child := os.fork()) == 0:
+        try: run(tmp_path, "auto", at=9, act=stop, logger=logger(), **how)
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    run(tmp_path, "auto", seed=7, logger=logger(), **how)
+    file, = tmp_path.glob("csv/**/metrics.csv")
+    rows = list(csv.DictReader(file.open()))
+    values = [(key, int(row["step"])) for row in rows for key, value in row.items() if value and key not in ("step", "epoch")]
+    assert len(values) == len(set(values))
+    assert [step for key, step in values if key == "train/step_loss"] == list(range(12))
+    assert [step for key, step in values if key == "val/loss"] == [3, 7, 11]

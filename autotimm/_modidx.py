@@ -1522,6 +1522,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'autotimm/lightning_parts.py'),
                                           'autotimm.lightning_parts.count_logged_steps': ( 'lightning_parts.html#count_logged_steps',
                                                                                            'autotimm/lightning_parts.py'),
+                                          'autotimm.lightning_parts.end_restart': ( 'lightning_parts.html#end_restart',
+                                                                                    'autotimm/lightning_parts.py'),
                                           'autotimm.lightning_parts.epoch_sums': ( 'lightning_parts.html#epoch_sums',
                                                                                    'autotimm/lightning_parts.py'),
                                           'autotimm.lightning_parts.has_begun': ( 'lightning_parts.html#has_begun',

@@ -30,7 +30,7 @@ from .callbacks import LenientCheckpoint, missing_metrics, watched_metrics
 from .checkpoints import AtomicCheckpointIO, LastCheckpoint, find_folders, hide_folders
 from .data.loading import (ResumableLoader, accelerator_states, random_states, raw_random_states,
                                    set_loader_states, set_random_states)
-from .lightning_parts import add_epoch_sums, count_exactly, count_logged_steps, epoch_sums, set_up_training_data_again, show_metrics
+from .lightning_parts import add_epoch_sums, count_exactly, count_logged_steps, end_restart, epoch_sums, set_up_training_data_again, show_metrics
 from .metrics import gather_processes
 
 # %% ../nbs/28_resuming.ipynb #311dc85c
@@ -162,7 +162,7 @@ class CheckpointClock:
     ) -> None:
         "Count anew at the start of a training, when nothing is known of how long a batch takes."
         self.restart(step)
-        self.batches = -1
+        self.asked, self.batches, self.pause = self.since, -1, 1
 
     def restart(
         self,
@@ -170,7 +170,6 @@ class CheckpointClock:
     ) -> None:
         "Begin to count."
         self.since, self.step = time.monotonic(), step
-        self.asked, self.batches, self.pause = self.since, 0, 1
 
     def due(
         self,
@@ -425,9 +424,7 @@ class RunState(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         self._go_on(trainer)
         self.phase = "epoch end"
-        # Lightning leaves ReduceLROnPlateau out after an epoch that was resumed, since it keeps no metrics; here they are kept.
-        # (A run that steps end is always taken for one that restarts: set there, it would never end.)
-        if self.restored and trainer.max_steps == -1: trainer.fit_loop.restarting = False
+        if self.restored: end_restart(trainer)
         self.restored = False
         self._log_sums(pl_module)
         if self._inside_epoch(trainer) and not self.ended_early:

@@ -51,6 +51,7 @@ CASES = {
     "own": dict(kind="own", kill=(1, 3), workers=2, val_check_interval=0.5),
     "plateau": dict(kind="own", kill=(2, 1), schedule="plateau", val_check_interval=3),
     "plateau_later": dict(kind="own", kill=(0, 2), schedule="plateau"),
+    "plateau_steps": dict(kind="own", kill=(0, 2), schedule="plateau", steps=18),
     "plain": dict(kind="plain", kill=(1, 3)),
     "plain_workers": dict(kind="plain", kill=(0, 4), workers=2),
     "first_batch": dict(kind="own", kill=(1, 0)),

@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
 # %% ../nbs/08_lightning_parts.ipynb #2db7c1fe
@@ -105,6 +104,7 @@ def without_trainers(
     modules: Iterable[torch.nn.Module],       # some may be LightningModules
 ) -> Iterator[None]:
     "Let TorchScript look at LightningModules without an error: it reads all their attributes, `trainer` too."
+    import pytorch_lightning as pl
     kinds = [o for o in modules if isinstance(o, pl.LightningModule)]
     for o in kinds: o._jit_is_scripting = True     # type: ignore[assignment]
     try: yield

@@ -266,12 +266,14 @@ def restore_process(
             loader.load_state_dict(kept)
             exact = exact and loader.replays()
         else:
-            set_loader_states(loader, kept)       # of a checkpoint before loaders had a place
-            exact = exact and bool(kept)
+            set_loader_states(loader, kept)       # of a checkpoint before loaders had a place: Lightning goes on as it did
     if inside and not exact:
         for loader in loaders:
             if isinstance(loader, ResumableLoader): loader.start_again()
-        trainer.fit_loop.epoch_loop.batch_progress.current.reset()
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress.current.reset()
+        # Lightning is going to count a batch whose hooks were at work when the checkpoint was written.
+        progress.current.completed -= progress.total.processed - progress.total.completed
         return False
     set_metric_states(module, state.get("metrics", {}))
     for name, parameter in module.named_parameters():

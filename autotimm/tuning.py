@@ -18,6 +18,7 @@ import gc
 import math
 import os
 import signal
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -922,12 +923,14 @@ def _search_in_first(trainer: Any, *args: Any) -> Tuning:
     trainer.strategy.setup_environment()             # Lightning does the same again, to no effect
     outcome: list[Any] = [None]
     with _patient_group() as group:
+        over = False
         try:
             if trainer.is_global_zero: outcome[0] = search(trainer, *args)
-        except BaseException as e:
-            outcome[0] = _failure(e)
-            raise
-        finally: torch.distributed.broadcast_object_list(outcome, src=0, group=group)
+            over = True
+        finally:
+            # Whatever it is that ends the search, the others must hear of it.
+            if not over: outcome[0] = _failure(sys.exc_info()[1])
+            torch.distributed.broadcast_object_list(outcome, src=0, group=group)
     if isinstance(outcome[0], BaseException): raise outcome[0]
     return outcome[0]
 
@@ -944,4 +947,3 @@ def search_together(
     if trainer.world_size == 1: return search(*args)
     launcher = trainer.strategy.launcher
     return _search_in_first(*args) if launcher is None else launcher.launch(_search_in_first, *args)
-

@@ -142,10 +142,11 @@ def test_a_truncated_jpeg_is_never_padded(tmp_path):
 def test_lightning_replaces_the_sampler_and_keeps_the_loader(tmp_path, monkeypatch):
     make_folder(tmp_path, ant=5, bee=5)
     for balanced in (False, True):
-        data = ImageDataModule(tmp_path, image_size=16, batch_size=2, val_split=0, num_workers=0, on_bad_image="skip", balanced_sampling=balanced)
+        data = ImageDataModule(tmp_path, image_size=16, batch_size=5, val_split=0, num_workers=0, on_bad_image="skip", balanced_sampling=balanced)
         trainer = make_trainer()
         monkeypatch.setattr(type(trainer._accelerator_connector), "is_distributed", property(lambda self: True))
         monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", property(lambda self: dict(num_replicas=2, rank=0)))
+        monkeypatch.setattr(pl.Trainer, "world_size", property(lambda self: 2))
         from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource, _request_dataloader
         data.trainer, trainer.datamodule = trainer, data
         data.setup()

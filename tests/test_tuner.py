@@ -423,11 +423,11 @@ def test_loaders_are_resized_while_a_block_runs(make):
     class Two(Full):
         def validation_step(self, batch, batch_idx, dataloader_idx=0): super().validation_step(batch, batch_idx)
     with resized_loaders(trainer, Data(train), 8): trainer.fit(Two(), train, [val, other])
-    assert trainer.strategy.process_dataloader == process and "process_dataloader" not in vars(trainer.strategy)
+    assert trainer.strategy.process_dataloader == process
     assert trainer.train_dataloader.batch_size == 8 and [o.batch_size for o in trainer.val_dataloaders] == [8, 4]
     assert train.batch_size == val.batch_size == 16
     with resized_loaders(plain, Data(train), None): plain.fit(Full(), train, val)
-    assert plain.train_dataloader is train
+    assert plain.train_dataloader.dataset is train.dataset and plain.train_dataloader.batch_size == train.batch_size
 
 
 # Several processes

@@ -307,6 +307,7 @@ class VisionDataModule(pl.LightningDataModule):
     @property
     def order_seed(self) -> int:
         "What the order of the training data and its augmentation follow from: the model's seed, else torch's random numbers."
+        if self.trainer is None: return int(torch.randint(2**62, ()))   # each loader of its own is another order
         if self._order_seed is None:
             model = getattr(self.trainer, "lightning_module", None)
             stated = getattr(model, "seed", None)

@@ -912,7 +912,7 @@ def _patient_group() -> Iterator[Any]:
     try: yield group
     finally: distributed.destroy_process_group(group)
 
-def _failure(error: BaseException) -> BaseException:
+def _failure(error: BaseException | None) -> BaseException:
     "An error as the other processes raise it."
     kinds = (ValueError, TypeError, OSError, KeyboardInterrupt)
     kind: Any = next((o for o in kinds if isinstance(error, o)), RuntimeError)

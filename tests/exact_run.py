@@ -8,15 +8,14 @@ import json
 import os
 import random
 import signal
-import sys
 import time
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from forked import run_files
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -147,18 +146,4 @@ def main(s: dict) -> None:
                 "optimizer": trainer.optimizers[0].state_dict()["state"] if trainer.optimizers else {}}, out)
 
 
-def forked(path: str) -> int:
-    "The exit status of one run in a process of its own, which needs no time to start."
-    if (child := os.fork()) == 0:
-        try: main(json.loads(open(path).read()))
-        except BaseException:  # noqa: BLE001 - the child must never return into the test
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-if __name__ == "__main__":
-    paths = sys.argv[1:]
-    if len(paths) == 1: main(json.loads(open(paths[0]).read()))
-    else: print(json.dumps([forked(path) for path in paths]))
+if __name__ == "__main__": run_files(main)

@@ -1,4 +1,5 @@
 "A run that ends inside an epoch, however it does, goes on to the weights and the history of an unbroken one."
+import contextlib
 import glob
 import os
 import signal
@@ -11,7 +12,9 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from small_models import QUIET, Full, loaders, same_weights
 
+from autotimm import resuming
 from autotimm.checkpoints import find_unfinished, read_run
+from autotimm.data import loading
 from autotimm.resuming import BATCH, STOPPED, VALIDATION
 from autotimm.trainer import AutoTrainer
 
@@ -230,6 +233,36 @@ def test_states_of_metrics_that_no_checkpoint_may_hold_are_left_out(tmp_path):
     holder = torch.nn.ModuleDict({"packed": Packed()})
     holder["packed"].update()
     assert metric_states(holder) == {}
+
+
+def test_the_random_numbers_of_a_gpu_before_a_step_that_fails(tmp_path, monkeypatch):
+    "The step comes again with the numbers that it drew; a generator on the CPU stands in for the GPU's."
+    gpu = torch.Generator()
+    class Draws(Full):
+        "Its loss depends on numbers drawn on the GPU, so its weights do."
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx) * (1 + torch.rand((), generator=gpu))
+            if self.global_step == self.failing: raise RuntimeError("a step that fails after its draw")
+            return loss
+    class Breaks(Draws): failing = 5
+    class Works(Draws): failing = -1
+    monkeypatch.setattr(loading, "accelerator_states", lambda: {"cuda": gpu.get_state()})
+    monkeypatch.setattr(resuming, "accelerator_states", loading.accelerator_states)
+    monkeypatch.setattr(loading, "set_random_states", lambda states, put_back=loading.set_random_states: (put_back(states), gpu.set_state(states["cuda"])))
+    monkeypatch.setattr(resuming, "set_random_states", loading.set_random_states)
+    def fit(root, model, seed, ckpt=None):
+        torch.set_num_threads(1)
+        pl.seed_everything(seed, verbose=False)
+        gpu.manual_seed(seed)
+        model = model()
+        model.net[1], model.net[3] = torch.nn.Identity(), torch.nn.Identity()      # no statistics that the failing step leaves behind
+        trainer = AutoTrainer(max_epochs=3, default_root_dir=str(root), **QUIET)
+        with pytest.raises(RuntimeError, match="after its draw") if model.failing > 0 else contextlib.nullcontext():
+            trainer.fit(model, *loaders(), ckpt_path=ckpt)
+        return model
+    whole = fit(tmp_path / "whole", Works, 0)
+    fit(tmp_path / "broken", Breaks, 0)
+    assert same_weights(fit(tmp_path / "broken", Works, 7, "last"), whole)
 
 
 @pytest.mark.parametrize("at", [3, 4])

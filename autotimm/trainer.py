@@ -37,6 +37,7 @@ from .core import deterministic_algorithms, in_notebook, inherit_signature, is_r
 from .data.loading import deal, resumable, seed_of_random_state
 from .lightning_parts import change_loaders, let_lightning_deal
 from .loggers import LoggerConfig, LoggerManager, continue_logger, logger_identity, logger_state, restart_logger
+from .metrics import gather_processes
 from .resuming import RunState
 from .tuning import (Data, LearningRateResult, TunerConfig, Tuning, resized_loaders, scale_model_rate, search_together,
                              set_highest_rates, set_size, wants_rate, wants_size)
@@ -186,7 +187,7 @@ class AutoTrainer(pl.Trainer):
         self.run_folder: Path | None = None                  # folder of the latest fit's checkpoints
         self._fitted: pl.LightningModule | None = None
         self._tuned, self._best, self._found_size = _Tuned(), "", (None, None)
-        self._loader_seed = 0
+        self._loader_seed, self._resumes = 0, False
         own: list[Callback] = [self._run_state, *_callbacks(callbacks, progress_bar, trainer_kwargs)]
         if json_progress: own.append(JsonProgressCallback(json_progress_every_n_steps, json_progress_log_file))
         if self._last is not None:
@@ -321,7 +322,7 @@ class AutoTrainer(pl.Trainer):
         elif path is None: _warn_if_done(self)
         self._fitted, self.history, self.tuning, self._tuned, self._best = model, [], Tuning(), _Tuned(), ""
         self._run_state.begin()
-        self.run_folder = self._folder(again, path)
+        self.run_folder, self._resumes = self._folder(again, path), path is not None
         self._attached = ([*self.callbacks], [*self.callbacks])
         seed, ours = self._seeding
         if ours: seed_everything(42 if seed is None else seed, self._deterministic is True)
@@ -447,7 +448,10 @@ class AutoTrainer(pl.Trainer):
     tuned_values = property(lambda self: self._tuned.plain(), doc="What the searches found, as a checkpoint keeps it.")
 
     def share_among_processes(self) -> None:
-        "Take from the first process what it alone has decided."
+        "Take from the first process what it alone has decided, and make sure that all of them resume or none does."
+        if len(set(gather_processes(self._resumes))) > 1:
+            raise RuntimeError("Some processes resume a run and others do not: ckpt_path= must name a file that each of them can read. "
+                               f"With 'auto' and 'last', default_root_dir ({self.default_root_dir}) must lie on a disk that all hosts share.")
         self.run_folder, self._loader_seed = self.strategy.broadcast((self.run_folder, self._loader_seed))
 
     def set_highest_rates(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 HERE = Path(__file__).parent
 SCRIPT = """
-import json, sys, torch
+import json, sys, torch, pytest
 from pathlib import Path
 from torch.utils.data import DataLoader, TensorDataset
 import pytorch_lightning as pl
@@ -45,8 +45,12 @@ if __name__ == "__main__":
     found["own"] = trainer.validate(Synced(), DataLoader(patterns(5), 2), verbose=False)[0]
     if devices > 1:         # no process waits for another that has nothing to save
         best = ModelCheckpoint(data / f"best{devices}", monitor="val/lopsided")
-        AutoTrainer(**{**how, "enable_checkpointing": True}, max_epochs=2, callbacks=[best]).fit(Lopsided(), DataLoader(patterns(12), 2), DataLoader(patterns(6), 2))
+        trainer, loaders = AutoTrainer(**{**how, "enable_checkpointing": True}, max_epochs=2, callbacks=[best], default_root_dir=data), [DataLoader(patterns(n), 2) for n in (12, 6)]
+        trainer.fit(Lopsided(), *loaders)
         assert best.best_model_path == "", best.best_model_path
+        alone = AutoTrainer(**{**how, "enable_checkpointing": True}, max_epochs=3, default_root_dir=data)
+        with pytest.raises(RuntimeError, match="Some processes resume a run"):
+            alone.fit(Lopsided(), *loaders, ckpt_path=trainer.last_model_path if alone.is_global_zero else None)
     if trainer.is_global_zero: Path(sys.argv[3]).write_text(json.dumps(found))
 """
 

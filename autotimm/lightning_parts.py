@@ -21,7 +21,7 @@ def epoch_sums(
     trainer: Any,                             # inside a fit
 ) -> dict[str, list[torch.Tensor]]:           # key of Lightning's -> value, and the number of samples for a mean
     "What was logged by numbers in this training epoch so far."
-    return {key: [getattr(one, name).detach().cpu() for name in ("value", "cumulated_batch_size")
+    return {key: [getattr(one, name).detach() for name in ("value", "cumulated_batch_size")
                   if hasattr(one, name)] for key, one in _results(trainer).items() if one.is_tensor}
 
 def add_epoch_sums(

@@ -27,6 +27,22 @@ class Seen(pl.Callback):
         if self.at == len(self.batches): self.act()
 
 
+class FailsOnce(Full):
+    "Fails in its sixth step after the forward pass, when BatchNorm, metrics and logs have seen the batch."
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.note_step()
+        return loss
+    def note_step(self):
+        if self.trainer.current_epoch == 1 and self.trainer.fit_loop.epoch_loop.batch_idx == 1: raises()
+
+
+class FailsInBackward(FailsOnce):
+    "Fails in the backward pass of its sixth step, when some gradients have been added to."
+    def note_step(self): pass
+    def on_after_backward(self): FailsOnce.note_step(self)
+
+
 class BrokenValidation(Full):
     "Fails in the validation of its second epoch."
     def validation_step(self, batch, batch_idx):
@@ -61,6 +77,8 @@ ENDS = {
     "ctrl-c": (dict(at=6, act=lambda: os.kill(os.getpid(), signal.SIGINT), error=SystemExit), BATCH, 6),
     "sigterm": (dict(at=6, act=lambda: os.kill(os.getpid(), signal.SIGTERM), error=BaseException), BATCH, 6),
     "exception": (dict(at=6, act=raises, error=RuntimeError), BATCH, 7),
+    "forward": (dict(model=FailsOnce, error=RuntimeError), BATCH, 7),
+    "backward": (dict(model=FailsInBackward, error=RuntimeError), BATCH, 7),
     "validation": (dict(model=BrokenValidation, error=RuntimeError), VALIDATION, 4),
     "max_steps": (dict(max_steps=6, max_epochs=-1), STOPPED, 6),
     "max_time": (dict(at=6, act=lambda: time.sleep(3), max_time=timedelta(seconds=3)), BATCH, 6),
@@ -102,6 +120,21 @@ def test_a_run_that_had_come_to_its_end_has_its_history(tmp_path):
     trainer, model, seen = run(tmp_path, "last", seed=7)
     assert seen == [] and trainer.history == whole[0].history and same_weights(model, whole[1])
     assert trainer.callback_metrics["val/loss"] == whole[0].callback_metrics["val/loss"]
+
+
+class FailsAfterItsStep(Full):
+    "Fails when the optimiser has changed the weights."
+    def optimizer_step(self, *given):
+        super().optimizer_step(*given)
+        if self.trainer.global_step == 5: raises()
+
+
+@pytest.mark.parametrize("model, how", [(FailsAfterItsStep, {}), (FailsInBackward, dict(accumulate_grad_batches=3))])
+def test_a_step_that_cannot_be_taken_back_is_not_written(model, how, tmp_path):
+    whole = run(tmp_path / "whole", checkpoint_interval=1, **how)
+    with pytest.warns(UserWarning, match="last.ckpt stays as it was"):
+        run(tmp_path / "broken", model=model, error=RuntimeError, checkpoint_interval=1, **how)
+    assert assert_goes_on(whole, tmp_path / "broken", **how) >= 7
 
 
 class Drawn(torch.utils.data.Dataset):

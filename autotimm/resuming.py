@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['BATCH', 'EPOCH', 'VALIDATION', 'STOPPED', 'settle_counters', 'stands_between_epochs', 'metric_states', 'on_cpu',
            'set_metric_states', 'DeferredSignals', 'CheckpointClock', 'training_loaders', 'validation_is_due',
-           'RunHistory', 'BatchStart', 'process_state', 'restore_process', 'RunState']
+           'RunHistory', 'BatchStart', 'enter_epoch_again', 'EpochStart', 'process_state', 'begin_epoch_again',
+           'restore_process', 'RunState']
 
 # %% ../nbs/28_resuming.ipynb #7ff7b58e
 import contextlib
+import copy
 import math
 import signal
 import threading
@@ -19,9 +21,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer, WeightAveraging
+from pytorch_lightning.callbacks import (Callback, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, Timer,
+                                         WeightAveraging)
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
@@ -188,7 +192,7 @@ class CheckpointClock:
     ) -> bool:
         "Whether it is time, as this process sees it."
         if self.interval is None: return False
-        if isinstance(self.interval, int): return step - self.step >= self.interval
+        if not isinstance(self.interval, timedelta): return step - self.step >= self.interval
         return time.monotonic() - self.since >= self.interval.total_seconds()
 
     def agreed(
@@ -200,7 +204,7 @@ class CheckpointClock:
         due = self.due(trainer.global_step)
         if trainer.world_size == 1: return due, waiting
         self.batches += 1
-        if self.batches < self.pause: return due and isinstance(self.interval, int), 0
+        if self.batches < self.pause: return due and not isinstance(self.interval, timedelta), 0
         each = max((time.monotonic() - self.asked) / self.batches, 1e-4)
         plans = gather_processes((due, waiting, min(1000, math.ceil(1 / each))))
         self.batches, self.asked, self.pause = 0, time.monotonic(), plans[0][2]
@@ -264,6 +268,7 @@ class BatchStart:
         self.metrics: dict[str, dict[str, Any]] = {}
         self.sums: dict[str, list[torch.Tensor]] = {}
         self.backward = False                 # whether gradients have been added to
+        self.accumulated = self.accumulates = False    # whether gradients wait for an optimiser, before the batch and now
         self.weights: list[tuple[torch.Tensor, int]] = []    # of each optimiser the first that it changes, and its version
 
     def note_random_numbers(self) -> None:
@@ -277,7 +282,11 @@ class BatchStart:
         "Copy what the step is about to change."
         self._copy({name: o for name, (buffers, key) in self.holders.items() if (o := buffers.get(key)) is not None})
         self.metrics, self.sums = _metric_states(self.modules), epoch_sums(trainer)
-        self.backward, self.weights = False, []
+        self.backward, self.weights, self.accumulated = False, [], self.accumulates
+
+    def note_gradients(self) -> None:
+        "Gradients are about to be added to."
+        self.backward = self.accumulates = True
 
     def _copy(self, buffers: dict[str, torch.Tensor]) -> None:
         "Copy buffers, all at once where they are of the shapes they were."
@@ -293,16 +302,13 @@ class BatchStart:
         changed = (o for group in optimizer.param_groups for o in group["params"] if o.grad is not None)
         first = next(changed, None)
         if first is not None: self.weights.append((first, first._version))
+        self.accumulates = False
 
-    def lost(
-        self,
-        trainer: Any,                         # inside a fit, in the step
-    ) -> bool:
-        "Whether the step has changed weights or gradients, which are not copied."
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        accumulated = progress.current.completed % trainer.accumulate_grad_batches > 0
+    @property
+    def lost(self) -> bool:
+        "Whether the step has changed weights, or gradients that were there before it, which are not copied."
         stepped = any(o._version != version for o, version in self.weights)
-        return stepped or self.backward and accumulated
+        return stepped or self.backward and self.accumulated
 
     def put_into(
         self,
@@ -311,45 +317,90 @@ class BatchStart:
         "Let a `state_dict` hold the buffers as they were."
         weights.update({name: o for name, o in self.buffers.items() if name in weights})
 
+# %% ../nbs/28_resuming.ipynb #b5a7c0e2
+def enter_epoch_again(
+    trainer: Any,                             # at the start of a training
+) -> bool:                                    # whether the run stands inside an epoch
+    "Let Lightning call `on_train_epoch_start` of the epoch that goes on."
+    loop, progress = trainer.fit_loop, trainer.fit_loop.epoch_progress
+    inside = progress.current.ready > progress.current.processed
+    if not inside or not (loop.restarted_mid_epoch or loop.restarted_on_epoch_end): return False
+    loop.reset_restart_stage()
+    for part in (progress.total, progress.current):
+        part.ready -= 1
+        part.started -= 1
+    return True
+
+class EpochStart:
+    "What the hooks of an epoch's start may change, which the checkpoint knows better."
+    def __init__(
+        self,
+        trainer: Any,                         # before its hooks run
+        metrics: dict[str, dict[str, Any]],   # of `metric_states`
+    ) -> None:
+        self.metrics = metrics
+        self.groups = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
+                       for o in trainer.optimizers]
+        # StochasticWeightAveraging begins in this hook, and knows how to go on there.
+        kept = [o for o in trainer.callbacks if not isinstance(o, StochasticWeightAveraging)
+                and is_overridden("on_train_epoch_start", o, Callback) and is_overridden("load_state_dict", o, Callback)]
+        self.states = [(o, copy.deepcopy(o.state_dict())) for o in kept]
+
+    def put_back(
+        self,
+        trainer: Any,                         # after its hooks
+    ) -> None:
+        "Put rates, callbacks and sums of metrics back."
+        for optimizer, groups in zip(trainer.optimizers, self.groups):
+            for group, values in zip(optimizer.param_groups, groups): group.update(values)
+        for callback, state in self.states: callback.load_state_dict(state)
+        set_metric_states(trainer.lightning_module, self.metrics)
+
 # %% ../nbs/28_resuming.ipynb #48fb4f17
 def process_state(
     trainer: Any,                             # inside a fit
     before: BatchStart | None = None,         # of the batch at work, which is to come again; None: there is none
+    accumulated: bool = False,                # whether gradients wait for an optimiser
 ) -> dict[str, Any]:                          # plain values and tensors
     "What this process alone knows: random states, loaders, sums of metrics, gradients that are accumulated."
-    module, loop = trainer.lightning_module, trainer.fit_loop.epoch_loop
+    module = trainer.lightning_module
     behind = 0 if before is None else 1
     loaders = [o.state_dict(behind) if isinstance(o, ResumableLoader) else {} for o in training_loaders(trainer)]
-    between = loop.batch_progress.current.completed % trainer.accumulate_grad_batches == 0
-    gradients = {} if between else {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    parameters = module.named_parameters() if accumulated else ()
+    gradients = {name: p.grad for name, p in parameters if p.grad is not None}
     sums = (metric_states(module), epoch_sums(trainer)) if before is None else (before.metrics, before.sums)
     return {"random": random_states(before and before.random), "loaders": loaders, "metrics": on_cpu(sums[0]),
             "sums": on_cpu(sums[1]), "gradients": on_cpu(gradients)}
+
+def begin_epoch_again(
+    trainer: Any,                             # at the start of a training that was resumed inside an epoch
+) -> None:
+    "Let the epoch begin with its first batch."
+    for loader in training_loaders(trainer):
+        if isinstance(loader, ResumableLoader): loader.start_again()
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress.current.reset()
+    # Lightning is going to count a batch whose hooks were at work when the checkpoint was written.
+    progress.current.completed -= progress.total.processed - progress.total.completed
 
 def restore_process(
     trainer: Any,                             # at the start of a training
     state: dict[str, Any],                    # of `process_state`
 ) -> bool:                                    # False: an order cannot be replayed, and the epoch begins again
-    "Put back what a process knew, but for the random states, whose time comes with the first batch."
+    "Put back what a process knew, but for random states and metrics, whose time comes with the first batch."
     module, exact = trainer.lightning_module, True
     inside = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
     loaders = training_loaders(trainer)
     for loader, kept in zip(loaders, state["loaders"]):
         if not isinstance(loader, ResumableLoader): exact = exact and hasattr(loader, "load_state_dict")
-        elif "batch" in kept:
+        elif "batch" in kept or "passes" in kept:
             loader.load_state_dict(kept)
             exact = exact and loader.replays()
         else:
             set_loader_states(loader, kept)       # of a checkpoint before loaders had a place: Lightning goes on as it did
     if inside and not exact:
-        for loader in loaders:
-            if isinstance(loader, ResumableLoader): loader.start_again()
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        progress.current.reset()
-        # Lightning is going to count a batch whose hooks were at work when the checkpoint was written.
-        progress.current.completed -= progress.total.processed - progress.total.completed
+        begin_epoch_again(trainer)
         return False
-    set_metric_states(module, state.get("metrics", {}))
     for name, parameter in module.named_parameters():
         if name in state.get("gradients", {}):
             parameter.grad = state["gradients"][name].to(parameter.device, parameter.dtype)
@@ -383,6 +434,8 @@ class RunState(Callback):
         self.metrics: dict[str, Any] | None = None   # states of metrics before the validation that is at work
         self.place: str | None = None                # where the run stands, while it is saved
         self.phase = "outside"                       # 'batch', 'boundary', 'batch end', 'validation', 'epoch end'
+        self.entering: EpochStart | None = None      # while the hooks of an epoch's start run again
+        self.metrics_to_come: dict[str, dict[str, Any]] = {}    # sums of metrics that the run is to go on with
         self.validated = self.warned = self.ended_early = self.averaged = self.finished = self.restored = False
         self.loader: ResumableLoader | None = None   # the one that calls before each batch
         self.held: Any = None                        # limit_val_batches, while a resume passes by a validation
@@ -411,12 +464,22 @@ class RunState(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         self.phase, self.before = "boundary", BatchStart(pl_module)
-        if self.pending is not None: self._restore(trainer)
-        first = next(iter(training_loaders(trainer)), None)
-        if isinstance(first, ResumableLoader):
-            self.loader, first.before_batch = first, lambda: self.before_batch(trainer)
+        self._entered = False
+        if self.pending is not None:
+            self._restore(trainer)
+            self._entered = enter_epoch_again(trainer)
+            if not self._entered: set_metric_states(pl_module, self.metrics_to_come)
+        self._attach(trainer)
         self.clock.begin(trainer.global_step)
         self.signals.install(trainer.world_size > 1)
+
+    def _attach(self, trainer: Any) -> None:
+        "Be called before each batch of the loader, which may be another one in each epoch."
+        first = next(iter(training_loaders(trainer)), None)
+        if first is self.loader: return
+        if self.loader is not None: self.loader.before_batch = None
+        self.loader = first if isinstance(first, ResumableLoader) else None
+        if self.loader is not None: self.loader.before_batch = lambda: self.before_batch(trainer)
 
     def _restore(self, trainer: Any) -> None:
         "Put back what the checkpoint holds."
@@ -426,10 +489,11 @@ class RunState(Callback):
         self._show(trainer, kept)
         self.history.val_names = set(kept["val_names"])
         self.history.val_fresh = bool(kept.get("val_fresh"))
+        trainer.order_seed = kept.get("order_seed", trainer.order_seed)
         if len(processes) != trainer.world_size:
             rank_zero_warn(f"The checkpoint was written by {len(processes)} processes and is resumed by {trainer.world_size}: the order "
                            "of the data and random numbers will differ from those of an unbroken run.")
-            if kept.get("place") != EPOCH: batches.reset()
+            if batches.ready: begin_epoch_again(trainer)
             return
         mine = processes[trainer.global_rank]
         if not restore_process(trainer, mine):
@@ -437,6 +501,7 @@ class RunState(Callback):
                            "again. Use a sampler of torch's, or one whose order follows from set_epoch() or the random numbers of torch.")
             return
         self.random, self.sums, self.restored = mine["random"], dict(mine.get("sums", {})), True
+        self.metrics_to_come, self.before.accumulates = mine.get("metrics", {}), bool(mine.get("gradients"))
         if kept.get("place") == BATCH and batches.ready:
             # The validation after this batch is over, which Lightning cannot know.
             self.held, trainer.limit_val_batches = trainer.limit_val_batches, 0
@@ -454,6 +519,11 @@ class RunState(Callback):
 
     def _go_on(self, trainer: Any) -> None:
         "The last step of a resume, when the loop is where the checkpoint was written."
+        if self.entering is not None:
+            self.entering.put_back(trainer)
+            # These were logged again by the hook.
+            self.sums = {k: v for k, v in self.sums.items() if not k.startswith("on_train_epoch_start.")}
+            self.entering = None
         if self.held is not None: trainer.limit_val_batches, self.held = self.held, None
         if self.random is not None: set_random_states(self.random)
         self.random = None
@@ -474,10 +544,12 @@ class RunState(Callback):
         self.before.note_random_numbers()
 
     def on_train_batch_start(self, trainer: Any, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._go_on(trainer)
         self.before.note(trainer)
         self.phase, self.signals.busy = "batch", True
+        self.finished = self.ended_early = False
 
-    def on_before_backward(self, trainer: Any, pl_module: pl.LightningModule, loss: torch.Tensor) -> None: self.before.backward = True
+    def on_before_backward(self, trainer: Any, pl_module: pl.LightningModule, loss: torch.Tensor) -> None: self.before.note_gradients()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: pl.LightningModule, optimizer: Any) -> None: self.before.note_weights(optimizer)
 
@@ -493,8 +565,12 @@ class RunState(Callback):
         if trainer.world_size > 1: count_exactly(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        self._go_on(trainer)
         self.phase = "boundary"
+        self._attach(trainer)
+        if self._entered:
+            self.entering, self._entered = EpochStart(trainer, self.metrics_to_come), False
+            return
+        self._go_on(trainer)
         if not self.history.note(trainer): return
         self._warn_of_missing(trainer)
         self.save(trainer, EPOCH)
@@ -508,7 +584,7 @@ class RunState(Callback):
         if self.restored: end_restart(trainer)
         self.restored = False
         self._log_sums(pl_module)
-        if self._inside_epoch(trainer) and not self.ended_early:
+        if self._inside_epoch(trainer) and self._is_over(trainer) and not self.ended_early:
             self.finished = not self._out_of_time(trainer)
             self.save(trainer, STOPPED)
             self.ended_early = True
@@ -528,6 +604,7 @@ class RunState(Callback):
         self._go_on(trainer)
         if trainer.should_stop and self._inside_epoch(trainer) and not validation_is_due(trainer):
             # Lightning validates since the run is to end here; an unbroken run does not.
+            self.finished = not self._out_of_time(trainer)
             self.save(trainer, BATCH, stepped=1)
             self.ended_early = True
         self.metrics = metric_states(pl_module)
@@ -548,6 +625,10 @@ class RunState(Callback):
         "Whether an epoch has batches left."
         progress = trainer.fit_loop.epoch_loop.batch_progress
         return not progress.is_last_batch and 0 < progress.current.processed < trainer.num_training_batches
+
+    def _is_over(self, trainer: Any) -> bool:
+        "Whether the run ends, and not only an epoch that was shorter than its loader said."
+        return trainer.should_stop or trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
     def _out_of_time(self, trainer: Any) -> bool:
         "Whether it is max_time that ends the run."
@@ -601,14 +682,16 @@ class RunState(Callback):
         metrics = {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()}
         history = [dict(o) for o in trainer.history]
         if self.history.over is not None: history.append(self.history.row(trainer))
-        before = self.before if self.phase == "batch" and not self.before.lost(trainer) else None
+        before = self.before if self.phase == "batch" and not self.before.lost else None
         if before is not None: before.put_into(checkpoint["state_dict"])
-        mine = process_state(trainer, before)
+        waits = self.before.accumulated if before else self.before.accumulates
+        mine = process_state(trainer, before, waits)
         if self.phase == "validation" and self.metrics is not None: mine["metrics"] = on_cpu(self.metrics)
         checkpoint["autotimm"] = {
             "place": place, "processes": gather_processes({**mine, "history": history, "shown": metrics}, trainer.world_size > 1), "metrics": metrics, "history": history, "val_names": sorted(self.history.val_names),
             "val_fresh": self.history.val_fresh and self.history.over is None, "finished": self.finished,
-            "tuned": trainer.tuned_values, "loggers": trainer.logger_identities(), "step": trainer.global_step}
+            "tuned": trainer.tuned_values, "loggers": trainer.logger_identities(), "step": trainer.global_step,
+            "order_seed": trainer.order_seed}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         find_folders(trainer, checkpoint, trainer.ckpt_path)
@@ -636,7 +719,7 @@ class RunState(Callback):
 
     def _save_at_the_end(self, trainer: Any, ended: bool) -> None:
         "Write `last.ckpt` wherever the run stands, if that can be gone on from."
-        if self.phase == "batch" and self.before.lost(trainer):
+        if self.phase == "batch" and self.before.lost:
             rank_zero_warn(f"A step failed after it had changed weights or gradients: {LAST_NAME} stays as it was before.")
             return
         progress = trainer.fit_loop.epoch_progress.current

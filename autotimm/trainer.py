@@ -187,7 +187,7 @@ class AutoTrainer(pl.Trainer):
         self.run_folder: Path | None = None                  # folder of the latest fit's checkpoints
         self._fitted: pl.LightningModule | None = None
         self._tuned, self._best, self._found_size = _Tuned(), "", (None, None)
-        self._loader_seed, self._resumes = 0, False
+        self.order_seed, self._resumes = 0, False
         own: list[Callback] = [self._run_state, *_callbacks(callbacks, progress_bar, trainer_kwargs)]
         if json_progress: own.append(JsonProgressCallback(json_progress_every_n_steps, json_progress_log_file))
         if self._last is not None:
@@ -327,7 +327,7 @@ class AutoTrainer(pl.Trainer):
         seed, ours = self._seeding
         if ours: seed_everything(42 if seed is None else seed, self._deterministic is True)
         elif seed is not None: pl.seed_everything(seed, workers=True, verbose=False)
-        self._loader_seed = seed_of_random_state()
+        self.order_seed = seed_of_random_state()
 
     def _public_values(self) -> dict[str, Any]:
         "The plain values among the trainer's public attributes."
@@ -394,6 +394,7 @@ class AutoTrainer(pl.Trainer):
             if not self.best_model_path: raise FileNotFoundError("ckpt_path='best': this trainer has not kept a best checkpoint yet. Give a file.")
             return self.best_model_path
         if ckpt_path == "auto":
+            if self.fast_dev_run: return None
             found = find_unfinished(self._root, weights_only)
             if found is not None: say(f"Going on with the run that was not finished: {os.path.relpath(found)}.")
             return None if found is None else str(found)
@@ -436,7 +437,7 @@ class AutoTrainer(pl.Trainer):
         loader = self._theirs(loader)
         if self.predicting or not isinstance(loader, torch.utils.data.DataLoader): return loader
         # Of validation too: one that moved the random numbers on could not be left out of a resume, or put into it.
-        loader = resumable(loader, self._loader_seed if self.training else 0, fill=self.training)
+        loader = resumable(loader, self.order_seed if self.training else 0, fill=self.training)
         if self.training and self.limit_train_batches != 0 and _is_empty(loader):
             raise ValueError("The training data has no batches: it is empty, or smaller than a batch, with drop_last=True. "
                              "Look at its data set and batch_size.")
@@ -452,7 +453,7 @@ class AutoTrainer(pl.Trainer):
         if len(set(gather_processes(self._resumes))) > 1:
             raise RuntimeError("Some processes resume a run and others do not: ckpt_path= must name a file that each of them can read. "
                                f"With 'auto' and 'last', default_root_dir ({self.default_root_dir}) must lie on a disk that all hosts share.")
-        self.run_folder, self._loader_seed = self.strategy.broadcast((self.run_folder, self._loader_seed))
+        self.run_folder, self.order_seed = self.strategy.broadcast((self.run_folder, self.order_seed))
 
     def set_highest_rates(self) -> None:
         "Let schedules that have a highest rate of their own have the one that was found."

@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from small_models import QUIET, Full, loaders, same_weights
+from small_models import QUIET, Full, loaders, patterns, same_weights
 
 from autotimm import resuming
 from autotimm.checkpoints import find_unfinished, read_run
@@ -135,6 +135,203 @@ def test_a_step_that_cannot_be_taken_back_is_not_written(model, how, tmp_path):
     with pytest.warns(UserWarning, match="last.ckpt stays as it was"):
         run(tmp_path / "broken", model=model, error=RuntimeError, checkpoint_interval=1, **how)
     assert assert_goes_on(whole, tmp_path / "broken", **how) >= 7
+
+
+class Prepares(Full):
+    "Starts each epoch with a metric and a list of its own."
+    def __init__(self):
+        super().__init__()
+        from torchmetrics import MeanMetric
+        self.mean = MeanMetric()
+    def on_train_epoch_start(self):
+        self.mean.reset()
+        self.losses = []
+        self.log("start", torch.tensor(2.0), reduce_fx="sum")
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.mean.update(loss.detach())
+        self.losses.append(loss.detach())
+        return loss
+    def on_train_epoch_end(self):
+        assert self.losses
+        self.log("train/mean", self.mean.compute())
+
+
+class Thaws(pl.callbacks.BackboneFinetuning):
+    "Thaws the first layer in the second epoch, at a rate that grows from epoch to epoch."
+    def __init__(self): super().__init__(1, lambda epoch: 1.5, backbone_initial_lr=1e-3, train_bn=False)
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.backbone = pl_module.net[0]
+        super().on_fit_start(trainer, pl_module)
+
+
+class Counts(pl.Callback):
+    "Counts epochs, and keeps the count in checkpoints."
+    epochs = 0
+    def on_train_epoch_start(self, *_): self.epochs += 1
+    def state_dict(self): return {"epochs": self.epochs}
+    def load_state_dict(self, state): self.epochs = state["epochs"]
+
+
+class Backbone(Full):
+    "Has a backbone that a callback may thaw."
+    def __init__(self):
+        super().__init__()
+        self.backbone = self.net[0]
+    def configure_optimizers(self): return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+STARTS = {"module": (Prepares, lambda: []), "counts": (Full, lambda: [Counts()]),
+          "accumulates": (Full, lambda: [pl.callbacks.GradientAccumulationScheduler({0: 2, 1: 4})]),
+          "averages": (Full, lambda: [pl.callbacks.StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=2)]),
+          "thaws": (Backbone, lambda: [Thaws()])}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("at", [6, 7])
+def test_what_the_start_of_an_epoch_prepares_is_there_after_a_resume_inside_it(start, at, tmp_path):
+    model, callbacks = STARTS[start]
+    whole = run(tmp_path / "whole", model=model, callbacks=callbacks())
+    run(tmp_path / "broken", model=model, callbacks=callbacks(), at=at, act=lambda: os.kill(os.getpid(), signal.SIGINT), error=SystemExit)
+    again = callbacks()
+    assert assert_goes_on(whole, tmp_path / "broken", model=model, callbacks=again) == 12 - at + 4 * (start == "averages")
+    if start == "counts": assert again[0].epochs == 3
+
+
+def test_another_number_of_processes_begins_the_epoch_again(tmp_path):
+    run(tmp_path, at=7, act=lambda: os.kill(os.getpid(), signal.SIGINT), error=SystemExit)
+    file, = tmp_path.glob("**/last.ckpt")
+    kept = torch.load(file, weights_only=True)
+    kept["autotimm"]["processes"] *= 2          # as two would have written it
+    torch.save(kept, file)
+    with pytest.warns(UserWarning, match="written by 2 processes and is resumed by 1"): trainer, _, seen = run(tmp_path, "auto", seed=7)
+    assert [o[:2] for o in seen] == [(e, i) for e in (1, 2) for i in range(4)]
+    assert ["val/loss" in row for row in trainer.history] == [True] * 3 and read_run(file)["finished"]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    "Samples without an order that could be gone back to."
+    def __init__(self, n=16, said=None): self.data, self.said = patterns(n), said or n
+    def __len__(self): return self.said
+    def __iter__(self): return iter([self.data[i] for i in range(len(self.data))])
+
+
+def stream(root, ckpt=None, seed=0, at=None, data=None, **how):
+    "Train on a stream; the trainer, and what it saw."
+    torch.set_num_threads(1)
+    pl.seed_everything(seed, verbose=False)
+    seen, model = Seen(at, raises), Full()
+    trainer = AutoTrainer(max_epochs=3, default_root_dir=str(root), callbacks=[seen], **{**QUIET, **how})
+    with pytest.raises(RuntimeError, match="a step that fails") if at else contextlib.nullcontext():
+        trainer.fit(model, torch.utils.data.DataLoader(data or Stream(), 4), ckpt_path=ckpt)
+    return trainer, model, seen.batches
+
+
+def test_a_stream_starts_its_epoch_again(tmp_path):
+    stream(tmp_path, at=7)
+    with pytest.warns(UserWarning, match="the epoch starts again"): _, _, seen = stream(tmp_path, "auto", seed=3)
+    assert [o[:2] for o in seen] == [(e, i) for e in (1, 2) for i in range(4)]
+
+
+def test_a_stream_between_epochs_goes_on_exactly(tmp_path):
+    _, whole, _ = stream(tmp_path / "whole", checkpoint_interval=None)
+    stream(tmp_path / "broken", at=5, checkpoint_interval=None)
+    assert same_weights(stream(tmp_path / "broken", "last", seed=3)[1], whole)
+
+
+def test_an_epoch_that_is_shorter_than_its_loader_says_ends_no_run(tmp_path):
+    trainer, _, _ = stream(tmp_path, at=8, data=Stream(12, said=16))
+    assert not read_run(trainer.last_model_path)["finished"]
+    trainer, _, seen = stream(tmp_path, "auto", data=Stream(12, said=16))
+    assert trainer.run_folder.name == "version_0" and seen[-1][0] == 2
+    assert read_run(trainer.last_model_path)["finished"]
+
+
+def test_a_run_that_was_told_to_stop_is_finished(tmp_path):
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, *_): trainer.should_stop = trainer.global_step == 6
+    trainer, _, _ = run(tmp_path, callbacks=[Stops()])
+    assert trainer.global_step == 6 and read_run(trainer.last_model_path)["finished"]
+    assert find_unfinished(tmp_path / "checkpoints") is None
+
+
+class Longer(torch.utils.data.Sampler):
+    "Says that it has more than it gives."
+    def __len__(self): return 64
+    def __iter__(self): return iter(range(40))
+
+
+class Twice(torch.utils.data.DataLoader):
+    "Gives each batch twice."
+    def __len__(self): return 2 * super().__len__()
+    def __iter__(self): return (batch for batch in super().__iter__() for _ in range(2))
+
+
+@pytest.mark.parametrize("loader", [lambda data: torch.utils.data.DataLoader(data, 16, sampler=Longer()), lambda data: Twice(data, 16)])
+def test_loaders_of_another_length_than_their_sampler_train(loader, tmp_path):
+    data, steps = loaders()[0].dataset, []
+    for kind in (pl.Trainer, AutoTrainer):
+        how = dict(checkpoint_interval=1) if kind is AutoTrainer else dict(logger=False, enable_checkpointing=False)
+        trainer = kind(max_epochs=2, default_root_dir=str(tmp_path), **QUIET, **how)
+        trainer.fit(Full(), loader(data))
+        steps.append(trainer.global_step)
+    assert steps[0] == steps[1]
+
+
+def test_loaders_that_are_made_anew_each_epoch(tmp_path):
+    class Own(Full):
+        def train_dataloader(self): return loaders()[0]
+    def fit(root, seed, ckpt=None, stop=None):
+        torch.set_num_threads(1)
+        pl.seed_everything(seed, verbose=False)
+        seen, model = Seen(stop, lambda: os.kill(os.getpid(), signal.SIGINT)), Own()
+        trainer = AutoTrainer(max_epochs=3, default_root_dir=str(root), callbacks=[seen], reload_dataloaders_every_n_epochs=1, **QUIET)
+        with pytest.raises(SystemExit) if stop else contextlib.nullcontext(): trainer.fit(model, ckpt_path=ckpt)
+        return model, seen.batches
+    whole, order = fit(tmp_path / "whole", 0)
+    fit(tmp_path / "broken", 0, stop=6)
+    again, rest = fit(tmp_path / "broken", 7, "last")
+    assert rest == order[6:] and same_weights(again, whole)
+
+
+class ByHand(Full):
+    "Accumulates two batches in an optimisation of its own."
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def test_gradients_that_a_module_accumulates_by_itself(tmp_path):
+    whole = run(tmp_path / "whole", model=ByHand)
+    for at in (6, 7):
+        run(tmp_path / str(at), model=ByHand, at=at, act=lambda: os.kill(os.getpid(), signal.SIGINT), error=SystemExit)
+        assert assert_goes_on(whole, tmp_path / str(at), model=ByHand) == 12 - at
+
+
+def test_a_file_that_a_callback_writes_while_gradients_are_accumulated(tmp_path):
+    class Writes(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1: trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
+    how = dict(accumulate_grad_batches=4)
+    whole = run(tmp_path / "whole", callbacks=[Writes()], **how)
+    for done in (1, 2): assert assert_goes_on(whole, tmp_path / f"on{done}", str(tmp_path / f"{done - 1}.ckpt"), **how) == 8 - done
+
+
+def test_a_quick_look_resumes_nothing(tmp_path):
+    run(tmp_path, at=6, act=raises, error=RuntimeError)
+    trainer, _, seen = run(tmp_path, "auto", fast_dev_run=True)
+    assert len(seen) == 1 and trainer.global_step == 1
+
+
+def test_an_interval_of_numpy(tmp_path):
+    import numpy as np
+    trainer, _, _ = run(tmp_path, checkpoint_interval=np.int64(3), max_epochs=1)
+    assert trainer.global_step == 4
 
 
 class Drawn(torch.utils.data.Dataset):

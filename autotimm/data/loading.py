@@ -203,7 +203,10 @@ class EpochBatches(BatchSampler):
     def _batches(self) -> Iterator[tuple[list[Any], int]]:
         "The batches, each with the place of its first sample in the order."
         order, size = list(self.sampler), self.batch_size
-        for place in range(0, len(self) * size, size): yield order[place:place + size], place
+        for place in range(0, len(self) * size, size):
+            batch = order[place:place + size]
+            if len(batch) < (size if self.drop_last else 1): return     # of a sampler that is longer by its own word
+            yield batch, place
 
     def __iter__(self) -> Iterator[SeededBatch]:
         start, self.start, self.sums = self.start, 0, []
@@ -319,6 +322,7 @@ class ResumableLoader(DataLoader):
     "A `DataLoader` that goes on at its batch: its order and augmentation follow from seed, epoch and position."
     before_batch: Callable[[], None] | None = None     # called before each batch is fetched
     given = 0                                          # batches fetched in this pass
+    seed, fill, passes = 0, True, 0                    # of data without an order: seed, whether to train on, passes begun
     _running: tuple[int, int] | None = None            # epoch and cycle of the pass that goes on
     _pending: dict[str, Any] | None = None             # a state that the next pass begins with
     _begun: dict[str, Any] = {}                        # states of the order's generators as it began
@@ -344,7 +348,10 @@ class ResumableLoader(DataLoader):
     def _begin(self) -> Iterator[Any]:
         "Start a pass: where a state says, or at the first batch."
         batches, self.given = self.batches, 0
-        if batches is None: return super().__iter__()
+        if batches is None:
+            self.passes += 1
+            with own_random_numbers(mixed_seed(self.seed, self.passes if self.fill else 0, 2**62)):
+                return super().__iter__()
         sampler, state = batches.sampler, self._pending
         if state is not None and state["epoch"] == sampler.epoch:
             sampler.cycle, self.given = state["cycle"], state["batch"]
@@ -373,7 +380,7 @@ class ResumableLoader(DataLoader):
         behind: int = 0,                               # batches that were given and are to come again
     ) -> dict[str, Any]:                               # plain values and tensors
         "Where the loader stands; but for the state of generators it is the same on every process."
-        if self.batches is None: return {}
+        if self.batches is None: return {"seed": self.seed, "passes": self.passes}
         if self._pending is not None: return self._pending
         sampler = self.batches.sampler
         place = {"seed": sampler.seed, "epoch": sampler.epoch, "cycle": 0, "batch": 0, "sum": 0}
@@ -385,12 +392,14 @@ class ResumableLoader(DataLoader):
             again = now is not None and now[0] == sampler.epoch and sampler.fill
             next_cycle = now[1] + 1 if again else 0
             return {**place, "cycle": next_cycle, "order": loader_states(self, "order"), "data": data}
-        done = self.batches.sums[given - 1] if given > 0 else 0
+        sums = [0, *self.batches.sums]
+        done = sums[given] if given < len(sums) else -1          # of a loader that gives more than its sampler
         return {**place, "cycle": now[1], "batch": given, "sum": done, "order": self._begun, "data": data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where a loader of the same data stood; the next pass begins there."
-        if self.batches is None or not state: return
+        if self.batches is None: self.seed, self.passes = state.get("seed", self.seed), state.get("passes", self.passes)
+        if self.batches is None or "batch" not in state: return
         self.batches.sampler.seed, self._running = state["seed"], None
         self.batches.set_epoch(state["epoch"])
         set_loader_states(self, {**state["order"], **state["data"]})
@@ -413,6 +422,7 @@ class ResumableLoader(DataLoader):
     def start_again(self) -> None:
         "Forget the batch of a state that was loaded: the next pass begins with the first."
         if self._pending is not None: self._pending = {**self._pending, "batch": 0, "sum": 0}
+        self.passes = max(self.passes - 1, 0)
 
 # %% ../../nbs/13_data_loading.ipynb #cdebb43b
 def resumable(
@@ -428,7 +438,7 @@ def resumable(
     own = ResumableLoader if kind is DataLoader else type(kind.__name__, (ResumableLoader, kind), {})
     other = copy.copy(loader)
     other.__class__ = own
-    other.__dict__.update(_iterator=None)
+    other.__dict__.update(_iterator=None, seed=seed, fill=fill)
     batches = _as_epoch_batches(loader, seed, rank, processes, fill)
     if batches is not None: other.__dict__.update(batch_sampler=batches)
     return other                              # type: ignore[return-value]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from autotimm import AutoTrainer, BackboneConfig, FeatureBackboneConfig, ImageClassifier, InstanceSegmentor, ObjectDetector, SemanticSegmentor, YOLOXDetector
+from autotimm.metrics import MetricManager
 
 QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
 PLAIN, MAPS = BackboneConfig("test_resnet", pretrained=False), FeatureBackboneConfig("test_resnet", pretrained=False)
@@ -465,6 +466,15 @@ def test_no_step_reads_a_number_from_the_device(kind):
     count, where = ops_a_step(kind, *READS, ema_decay=0.99, **mixing)
     # The labels are looked at on the CPU, before the batch leaves it: least and most of them.
     assert count == 2, where[-count - 4:]
+
+
+@pytest.mark.parametrize(("task", "target"), [("multiclass", torch.zeros(4, dtype=torch.long)), ("multilabel", torch.ones(4, 3))])
+@pytest.mark.parametrize("stage", ["train", "val"])
+def test_metrics_of_a_classifier_that_are_not_on_the_cpu_read_nothing(task, target, stage):
+    "On the meta device there are no numbers to read."
+    metrics = MetricManager(None, 3, task).to("meta")
+    metrics.update(stage, torch.rand(4, 3, device="meta"), target.to("meta"))
+    assert all(o.update_called and o.device.type == "meta" for o in metrics.stage_metrics(stage).values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,13 +9,15 @@ kills    30 runs, 10 of them of two processes, are ended by SIGKILL at moments o
 error    seconds from a killed rank to the end of the job, with Lightning's own launcher and with torchrun
 damage   1,000 damaged images and 1,000 damaged annotation files (damage.py)
 disk     a disk that fills up in the middle of a run: what is said, and what the run that goes on comes to
-memory   the memory of a tiny run over 200 epochs
+memory   the memory of a tiny run over 200 epochs: its peak, what it grows by after full collections, and how much of that is the history
 cost     `last.ckpt` every 10 s, a loader that can go on at its batch, and the trainer beside Lightning's own
 
 The runs are those of tests/exact_run.py: a task, boxes with mosaic, a user's own module on our data, and both of the user. Linux only.
 """
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import random
@@ -451,47 +453,92 @@ def megabytes(pid: int, key: str = "Rss") -> float:
     return sum(int(o.split()[1]) for o in lines if o.startswith(key)) / 1024
 
 
+class Heap(ctypes.Structure):
+    "What glibc's mallinfo2 tells."
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+def heap_in_use() -> int:
+    "Bytes that the C library has handed out and not got back, tensors among them; Python's small objects lie elsewhere."
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Heap
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+
+
+def history_size(history: list[dict[str, float]]) -> int:
+    "Bytes of the rows of a history; their keys are shared."
+    return sys.getsizeof(history) + sum(sys.getsizeof(row) + sum(map(sys.getsizeof, row.values())) for row in history)
+
+
+def of_workers() -> dict[str, float]:
+    "What the children of this process hold all together, shared pages counted in each, and what is their own alone."
+    found = {"workers": 0.0, "own": 0.0}
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):
+                found["workers"] += megabytes(int(pid))
+                found["own"] += megabytes(int(pid), "Private")
+    return found
+
+
 class Memory(pl.Callback):
-    "Writes down the memory of this process and of its workers after each epoch."
-    def __init__(self, path: Path): self.path = path
+    "Writes the memory of this process and of its workers to a file after each epoch, and every so often what is left after a full collection."
+    def __init__(self, path: Path, every: int): self.path, self.every = path, every
 
     def on_train_epoch_end(self, trainer, pl_module):
         for callback in trainer.callbacks:
             if isinstance(callback, exact_run.Watch): callback.seen.clear()      # what the tests keep is no part of a run
-        workers = []
-        for task in Path("/proc/self/task").iterdir():
-            for pid in (task / "children").read_text().split():
-                with contextlib.suppress(OSError): workers.append(megabytes(int(pid), "Private"))
-        with self.path.open("a") as file: file.write(json.dumps([trainer.current_epoch, megabytes(os.getpid()), sum(workers)]) + "\n")
+        note: dict[str, float] = {"epoch": trainer.current_epoch + 1, "highest": megabytes(os.getpid())}
+        if note["epoch"] % self.every == 0:
+            before = heap_in_use()
+            gc.collect()
+            after = heap_in_use()
+            note |= {"process": megabytes(os.getpid()), **of_workers(), "heap": after / 2**20, "garbage": (before - after) / 2**20,
+                     "blocks": sys.getallocatedblocks(), "history": history_size(trainer.history) / 2**20}
+        with self.path.open("a") as file: file.write(json.dumps(note) + "\n")
 
 
-def watched(path: Path) -> list[pl.Callback]: return [Memory(path)]
+def watched(path: Path, every: int) -> list[pl.Callback]: return [Memory(path, every)]
+
+
+def memory_run(workers: int, epochs: int, every: int) -> list[dict[str, float]]:
+    "The notes of a run: one an epoch."
+    with tempfile.TemporaryDirectory(prefix="memory-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        settings = {**Case("classifier", workers, "fork" if workers else "").settings(folder, "run"), "epochs": epochs, "interval": None, "persistent": bool(workers)}
+        job = start(settings, folder / "log", partial(watched, folder / "memory", every))
+        job.wait(seconds=1500)
+        finished(job, "memory")
+        return [json.loads(o) for o in (folder / "memory").read_text().splitlines()]
 
 
 def memory(args: argparse.Namespace) -> None:
-    rows: list[list[object]] = []
+    every, rows = max(1, args.epochs // 20), []
     for workers in (0, 2):
-        with tempfile.TemporaryDirectory(prefix="memory-", ignore_cleanup_errors=True) as name:
-            folder = Path(name)
-            settings = {**Case("classifier", workers, "fork" if workers else "").settings(folder, "run"), "epochs": args.epochs, "interval": None, "persistent": bool(workers)}
-            job = start(settings, folder / "log", partial(watched, folder / "memory"))
-            job.wait(seconds=1500)
-            finished(job, "memory")
-            found = np.array([json.loads(o) for o in (folder / "memory").read_text().splitlines()])
-        each = args.epochs // 10
-        for column, what in ((1, "the process (RSS)"), (2, "its workers (USS)"))[:2 if workers else 1]:
-            later = found[found[:, 0] >= 2 * each]
-            slope, error = trend(later[:, 0], later[:, column])
-            curve = " ".join(f"{o:.0f}" for o in found[::each, column])
-            rows.append([workers, what, curve, f"{found[:, column].max():.0f}", f"{1000 * slope:+.1f} ± {1000 * error:.1f}"])
+        notes = memory_run(workers, args.epochs, every)
+        marks = [o for o in notes if "process" in o]
+        later = [o for o in marks if o["epoch"] >= args.epochs / 2]
+
+        def slope(key: str, unit: float = 1024, later: list[dict[str, float]] = later) -> str:
+            middle, spread = trend([o["epoch"] for o in later], [unit * o[key] for o in later])
+            return f"{middle:+.2f} ± {spread:.2f}"
+        for key, what in (("process", "the process (RSS)"), ("workers", "its workers (RSS)"), ("own", "their own alone (USS)"))[:3 if workers else 1]:
+            curve, main = " ".join(f"{o[key]:.1f}" for o in marks[1::2]), key == "process"
+            highest = max(o["highest"] for o in notes) if main else max(o[key] for o in marks)
+            waiting = 1024 * statistics.median(o["garbage"] for o in later) / every
+            more = [slope("heap"), slope("blocks", 1), slope("history"), f"{waiting:.1f}"] if main else [""] * 4
+            rows.append([workers, what, curve, f"{highest:.1f}", slope(key), *more])
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
-    print(table(rows, ["workers", "whose", f"MB, every {args.epochs // 10} epochs", "at most", f"kB an epoch, from epoch {args.epochs // 5} on"]))
+    print(table(rows, ["workers", "whose", f"MB after a full collection, every {2 * every} epochs", "at most, collected or not", "grows by, kB an epoch",
+                       "the C heap in use, kB an epoch", "Python's blocks an epoch", "the history, kB an epoch", "waits for the collection, kB an epoch"]))
+    print(f"\nGrowth is that from epoch {args.epochs // 2} to {args.epochs}. Where the workers' own grows and all that they hold does not, pages that they "
+          "share with the process are copied as they are touched.")
 
 
-def trend(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    "The median slope between two quarters of a curve, and half the range of those of its tenths: steps of an allocator are no trend."
-    n = len(x) // 4
-    slopes = (y[-n:] - y[:n]) / (x[-n:] - x[:n])
+def trend(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    "The median slope between any two points (Theil and Sen), and half the range of the middle eighty percent: one step of an allocator is no trend."
+    slopes = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
     return float(np.median(slopes)), float((np.quantile(slopes, 0.9) - np.quantile(slopes, 0.1)) / 2)
 
 

@@ -126,6 +126,7 @@ class DeferredSignals:
         self.waiting = 0                      # number of the signal that waits; 0: none
         self.delivered: set[int] = set()      # numbers of those that were delivered
         self.busy = False                     # whether a batch is at work
+        self.several = False                  # whether other processes must hear of it at the same time
 
     def install(
         self,
@@ -133,6 +134,7 @@ class DeferredSignals:
     ) -> None:
         "Stand before the handlers that are there."
         if threading.current_thread() is not threading.main_thread(): return
+        self.several = several
         names = ("SIGINT", *["SIGTERM"] * several, "SIGUSR1", "SIGUSR2")
         for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             handler = signal.getsignal(number)
@@ -144,7 +146,7 @@ class DeferredSignals:
         # Lightning's launcher sends the one on to processes that have heard of it already.
         if number == signal.SIGTERM and number in self.delivered: return
         again, self.waiting = self.waiting == number == signal.SIGINT, number
-        if again or not self.busy: self.deliver()
+        if again or not (self.busy or self.several): self.deliver()
 
     def deliver(
         self,
@@ -152,14 +154,18 @@ class DeferredSignals:
     ) -> None:
         "Call the handler of a signal that waits."
         number, self.waiting = number or self.waiting, 0
+        # One that another process has sent on in the meantime must not be obeyed twice.
+        if number == signal.SIGTERM and number in self.delivered: return
         self.delivered.add(number)
         if number in self.previous: self.previous[number](number, None)
 
-    def remove(self) -> None:
+    def remove(self) -> int:                  # number of the signal that still waits; 0: none
         "Put the handlers back."
         for number, handler in self.previous.items():
             if signal.getsignal(number) == self._note: signal.signal(number, handler)
-        self.previous, self.waiting, self.delivered, self.busy = {}, 0, set(), False
+        waiting = self.waiting if self.waiting not in self.delivered else 0
+        self.previous, self.waiting, self.delivered, self.busy, self.several = {}, 0, set(), False, False
+        return waiting
 
 # %% ../nbs/28_resuming.ipynb #6355a121
 class CheckpointClock:
@@ -471,7 +477,7 @@ class RunState(Callback):
             if not self._entered: set_metric_states(pl_module, self.metrics_to_come)
         self._attach(trainer)
         self.clock.begin(trainer.global_step)
-        self.signals.install(trainer.world_size > 1)
+        self.signals.install(trainer.world_size > 1 and self.loader is not None)
 
     def _attach(self, trainer: Any) -> None:
         "Be called before each batch of the loader, which may be another one in each epoch."
@@ -731,12 +737,13 @@ class RunState(Callback):
             self.save(trainer, EPOCH)
         elif self.phase != "epoch end" and done and (self.phase != "boundary" or self.saved != trainer.global_step): self.save(trainer, BATCH, stepped=not ended and self.phase == "batch end")
 
-    def release(self, trainer: Any) -> None:
+    def release(self, trainer: Any) -> int:          # number of the signal that still waits; 0: none
         "Make callbacks, signals and limits what they were before the fit."
         if files := _files(trainer):
             with contextlib.suppress(OSError): files.settle()      # after an error of its own
-        self.signals.remove()
+        waiting = self.signals.remove()
         for stopping in self.strict: stopping.strict = True
         for guard in self.lenient: guard.release()
         if self.loader is not None: self.loader.before_batch = None
         self.strict, self.lenient, self.phase, self.loader = [], [], "outside", None
+        return waiting

@@ -278,7 +278,10 @@ class AutoTrainer(pl.Trainer):
             except SIGTERMException as e:
                 e.code = 128 + signal.SIGTERM        # what a scheduler takes for a job that was ended, and not for one that is done
                 raise
-            finally: self._end()
+            finally:
+                waiting = self._run_state.release(self)
+                self._end()
+                if waiting: signal.raise_signal(waiting)
 
     def validate(self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
                  datamodule: pl.LightningDataModule | None = None, weights_only: bool | None = None) -> Any:
@@ -371,7 +374,6 @@ class AutoTrainer(pl.Trainer):
 
     def _end(self) -> None:
         "Tidy up after a fit, however it ended."
-        self._run_state.release(self)
         self._attached = (self._attached[0], [*self.callbacks])
         self._plain_values = {**self._plain_values, **self._values_of_the_run()}
         folder = self.run_folder

@@ -1,11 +1,15 @@
 """What several test modules share: the tiny repositories, a tiny folder of images, the routes."""
 import os
+import signal
 import sys
 
 import pytest
 
 # Processes that share the machine share its processors; what they start inherits this.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)): os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+# A shell that starts a job in the background has it ignore Ctrl-C, which what is tested must hear.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("hf_routes")
 

@@ -560,3 +560,15 @@ def test_the_loggers_of_a_run_go_on_with_it(tmp_path):
     assert len(values) == len(set(values))
     assert [step for key, step in values if key == "train/step_loss"] == list(range(12))
     assert [step for key, step in values if key == "val/loss"] == [3, 7, 11]
+
+
+def test_a_signal_that_still_waits_at_the_end_is_obeyed_then(tmp_path):
+    "It came after the last batch had begun; the run is whole, and the handler is the user's own."
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    class Last(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 11: os.kill(os.getpid(), signal.SIGUSR1)
+    try: trainer, _, _ = run(tmp_path, callbacks=[Last()])
+    finally: signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1] and trainer.global_step == 12 and read_run(trainer.last_model_path)["finished"]

@@ -19,12 +19,15 @@ def expand(extra: str) -> list[str]:
         found += expand(item[1:]) if item.startswith("@") else [item]
     return list(dict.fromkeys(found))
 
+# An index of packages shows the text alone, so the pictures are named where it can find them.
+pictures = cfg["git_url"].replace("github.com", "raw.githubusercontent.com") + f"/{cfg['branch']}/nbs/images/"
+readme = (here / "README.md").read_text(encoding="utf-8").replace("](nbs/images/", f"]({pictures}")
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     url=cfg["git_url"],

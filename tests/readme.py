@@ -17,7 +17,8 @@ def render(notebook: Path) -> str:
             text = "".join(output.get("text", output.get("data", {}).get("text/plain", []))).rstrip()
             if text: parts.append("\n".join(f"    {line}" for line in text.splitlines()))
     note = "<!-- Made from nbs/index.ipynb by tests/readme.py: edit that notebook. -->"
-    return "\n\n".join([note, *parts]) + "\n"
+    # Pictures lie beside the notebook, and README.md a folder above it.
+    return "\n\n".join([note, *parts]).replace("](images/", "](nbs/images/") + "\n"
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ def test_the_two_commands_stand_there():
 
 
 def test_pictures_stand_in_the_repository():
-    pictures = re.findall(r"/main/(nbs/images/[\w.]+)\)", README)
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
     assert len(pictures) == 3
     for picture in pictures: assert (ROOT / picture).stat().st_size > 1000
 

@@ -25,7 +25,7 @@ from .backbones import create_backbone
 from .core import atomic_path, count_parameters, require, seed_everything
 from .data.datamodule import ImageDataModule
 from .tasks.classification import ImageClassifier
-from .testing import LocalHub
+from .testing.hub import LocalHub
 from .trainer import AutoTrainer
 from .viz import Table, plot_curves, save_figure, show_images
 

@@ -460,7 +460,7 @@ def test_everything_is_as_before(error, tiny):
 def test_an_error_while_entering_leaves_nothing(monkeypatch):
     environment, before = dict(os.environ), settings()
     def fail(*args): raise RuntimeError("no")
-    monkeypatch.setattr(testing, "_with_endpoint", fail)
+    monkeypatch.setattr("autotimm.testing.hub._with_endpoint", fail)
     with pytest.raises(RuntimeError, match="no"): LocalHub().__enter__()
     monkeypatch.undo()
     assert dict(os.environ) == environment and settings() == before

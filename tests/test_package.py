@@ -52,6 +52,15 @@ def test_aliases_are_the_same_module():
     with pytest.raises(AttributeError, match="no_such_name"): autotimm.no_such_name  # noqa: B018
 
 
+def test_testing_exports_the_names_of_its_modules():
+    "`from autotimm.testing import ...` worked for all of these when it was one module."
+    names = """BUILTIN_FORMATS FAULTS HubContent HubFault HubRepo LocalHub SHAPE_NAMES ShapeScene accept_builtin blob_id
+               make_shapes mask_to_polygons mask_to_rle write_boxes_csv write_builtin write_cifar10 write_coco write_csv
+               write_folders write_masks write_multilabel_csv write_voc write_yolo"""
+    assert sorted(autotimm.testing.__all__) == sorted(names.split())
+    for name in names.split(): assert getattr(autotimm.testing, name) is not None
+
+
 def test_settings_are_the_one_source():
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")

@@ -139,9 +139,9 @@ def load_checkpoint(
     path: str,                # a Lightning checkpoint of one of our tasks
 ) -> Any:                     # the model, in eval mode
     "The model in a checkpoint, whichever task's it is. Raises `ValueError` for another library's."
-    from autotimm.hub import _task_of
+    from autotimm.hub import task_from_hparams
     from autotimm.training_cli import read_hparams
-    task: Any = _task_of(read_hparams(path), path)
+    task: Any = task_from_hparams(read_hparams(path), path)
     return task.load_from_checkpoint(path, map_location="cpu")
 
 # %% ../nbs/84_cli.ipynb #16b1bac1
@@ -263,7 +263,7 @@ def _short(value: Any) -> str: return f"{value:.4g}" if isinstance(value, float)
 # %% ../nbs/84_cli.ipynb #537e35eb
 def do_backbones(args: argparse.Namespace) -> None:
     "Print names of backbones, one a line."
-    from autotimm.backbones import list_backbones, list_hf_hub_backbones
+    from autotimm.backbones.backbone import list_backbones, list_hf_hub_backbones
     if not getattr(args, "hub", False): names = list_backbones(args.pattern, pretrained_only=getattr(args, "pretrained", False))
     else: names = list_hf_hub_backbones(model_name=args.pattern.replace("*", "") or None, limit=args.limit)
     for name in names: print(name)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbones import create_backbone
+from .backbones.backbone import create_backbone
 from .core import atomic_path, count_parameters, require, seed_everything
 from .data.datamodule import ImageDataModule
 from .tasks.classification import ImageClassifier

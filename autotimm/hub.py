@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'FORMATS', 'find_task', 'is_pretrained_folder', 'save_pretrained', 'load_pretrained', 'push_to_hub',
-           'convert_checkpoint', 'folder_to_checkpoint']
+           'task_from_hparams', 'convert_checkpoint', 'folder_to_checkpoint']
 
 # %% ../nbs/50_hub.ipynb #a3437a04
 import contextlib
@@ -33,10 +33,18 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .backbones import (_HTTP_ERROR, Backbone, BackboneConfig, FeatureBackbone, HubAccessError, HubCorruptError, HubError, HubHiddenError, HubNotFoundError,
-                                HubOfflineError, ModelSource, _as_found, _build_folder, _check_place, _check_weights, _fetch, _Files, _hub_error, _locate,
-                                _no_conversion, _our_block, _OUR_FILES, _processor, _quiet, _read_json, _Reference, _shards, _timm_settings, _weight_file, _within,
-                                _write_json, _write_weights)
+from .backbones.backbone import Backbone, FeatureBackbone, build_from_folder
+from .backbones.config import BackboneConfig
+from .backbones.dryrun import eval_mode
+from .backbones.sources import (HTTP_ERROR, SAVED_FILES, HubAccessError, HubCorruptError,
+                                        HubError, HubHiddenError, HubNotFoundError, HubOfflineError,
+                                        ModelFiles, ModelReference, ModelSource, call_within,
+                                        check_replaceable, check_weight_file, choose_weight_file,
+                                        fetch_model, list_shards, locate_model, read_autotimm_block,
+                                        read_json, to_hub_error, write_json, write_weights)
+from .backbones.timm import timm_settings
+from .backbones.transformers import (make_processor_config, quiet_transformers,
+                                             without_conversion)
 from .core import DAMAGED, TRUSTED_MODULES, UNREACHABLE, atomic_path, near_matches, require, to_plain, uncompiled
 from .data.transforms import PIL_MODES
 from .heads import ClassificationHead
@@ -145,13 +153,13 @@ def _problem(model: Any) -> dict[str, str]:
 
 def _timm_config(model: Any) -> dict[str, Any]:
     "`config.json` as timm writes it, but for `num_classes` in `model_args`, which transformers would pass twice."
-    settings = _timm_settings(model.backbone, model.data_config, model.num_classes)
+    settings = timm_settings(model.backbone, model.data_config, model.num_classes)
     return {**settings, "label_names": _names(model), **_problem(model), "autotimm": _block(model, "timm")}
 
 def _write_timm(model: Any, folder: Path) -> Callable[[], Any]:
     "Write a classifier as a repository of timm's; returns how timm reads it."
-    _write_json(folder / "config.json", _timm_config(model))
-    _write_weights(folder / "model.safetensors", _to_timm(model))
+    write_json(folder / "config.json", _timm_config(model))
+    write_weights(folder / "model.safetensors", _to_timm(model))
     return lambda: timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 # %% ../nbs/50_hub.ipynb #d72a249d
@@ -189,18 +197,18 @@ def _write_native(model: Any, folder: Path, late: bool = False) -> Callable[[], 
         last.weight.zero_()[:, start:start + width] = fc.weight.to(last.weight)
         last.bias.copy_(fc.bias)
     native.to(fc.weight.dtype).save_pretrained(folder)
-    saved = _read_json(folder / "config.json")
+    saved = read_json(folder / "config.json")
     for key in ("_name_or_path", "transformers_version"): saved.pop(key, None)
-    _write_json(folder / "config.json", {**saved, "autotimm": _block(model, "transformers") | {"features_from": start}})
-    _write_json(folder / "preprocessor_config.json", _processor(model.data_config))
+    write_json(folder / "config.json", {**saved, "autotimm": _block(model, "transformers") | {"features_from": start}})
+    write_json(folder / "preprocessor_config.json", make_processor_config(model.data_config))
     return lambda: _read_native(folder, "the folder")
 
 # %% ../nbs/50_hub.ipynb #8671da13
 def _read_native(folder: Path, where: str) -> Any:
     "transformers' own classifier of a folder."
     transformers = require("transformers", why=f"{where} holds a transformers model, and reading it")
-    _check_weights(folder / _weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
-    with _no_conversion(), _quiet(transformers):
+    check_weight_file(folder / choose_weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
+    with without_conversion(), quiet_transformers(transformers):
         try: return transformers.AutoModelForImageClassification.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True,
                                                                                   use_safetensors=True)
         except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
@@ -226,9 +234,9 @@ def _kept(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _write_own(model: Any, folder: Path) -> None:
     "Write a task in our own format."
     names = _names(model)
-    _write_json(folder / "config.json", {"id2label": dict(enumerate(names)), "num_classes": model.num_classes,
+    write_json(folder / "config.json", {"id2label": dict(enumerate(names)), "num_classes": model.num_classes,
                                          "data_config": to_plain(model.data_config), "autotimm": _block(model, "autotimm")})
-    _write_weights(folder / "model.safetensors", _kept(model.state_dict()))
+    write_weights(folder / "model.safetensors", _kept(model.state_dict()))
     return None
 
 # %% ../nbs/50_hub.ipynb #0d4b34d6
@@ -246,7 +254,7 @@ def _random_images(model: Any) -> Tensor:
 
 def _run(model: nn.Module, x: Tensor) -> list[Tensor]:
     "What a model gives in eval mode, without what a compiler would round otherwise."
-    with _as_found(model), torch.no_grad(), torch.compiler.set_stance("force_eager"): return _tensors(model(x))
+    with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"): return _tensors(model(x))
 
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     "The largest difference, in units of the largest value where that is above 1; infinite if the shapes differ."
@@ -396,7 +404,7 @@ def is_pretrained_folder(
     folder: str | os.PathLike[str],     # any path
 ) -> bool:                              # whether `load_pretrained` made for it
     "Whether a folder was written by `save_pretrained`."
-    return "hparams" in _our_block(Path(folder).expanduser())
+    return "hparams" in read_autotimm_block(Path(folder).expanduser())
 
 _WRITERS: dict[str, list[Callable[[Any, Path], Callable[[], Any]]]] = {
     "timm": [_write_timm], "transformers": [_write_native, functools.partial(_write_native, late=True)]}
@@ -444,7 +452,7 @@ def save_pretrained(
     place = folder.resolve()        # of a link, what it leads to is replaced, not the link
     if place.exists() and os.path.samefile(place, "."):
         raise FileExistsError(f"{os.fspath(folder)!r} is the folder that this process works in, and a model folder is replaced as a whole. Give one inside it.")
-    _check_place(place)
+    check_replaceable(place)
     with atomic_path(place) as hold, uncompiled(model):
         hold.mkdir()
         kind, note = _write_model(model, hold)
@@ -460,14 +468,14 @@ def _check_token(token: Any) -> None:
     if isinstance(token, str) and not re.fullmatch("[!-~]+", token):
         raise ValueError("token is empty, or holds a space, a line break or another sign that no token has. It is not shown here.")
 
-def _find(folder_or_id: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> tuple[_Files, _Reference, str]:
+def _find(folder_or_id: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> tuple[ModelFiles, ModelReference, str]:
     "The files of a model, fetched where they are on the Hub, what stands for it, and what to call it in messages."
     text = f"local-dir:{os.fspath(folder_or_id)}" if isinstance(folder_or_id, os.PathLike) else folder_or_id
     _check_token(token)
-    ref = _locate(text)
+    ref = locate_model(text)
     if ref.source is ModelSource.HF_HUB and revision and ref.revision not in (None, revision):
         raise ValueError(f"{text!r} and revision={revision!r} name two revisions. Give one of them.")
-    if ref.source is ModelSource.HF_HUB: return _fetch(ref.target, revision or ref.revision, "safetensors", token), ref, repr(ref.target)
+    if ref.source is ModelSource.HF_HUB: return fetch_model(ref.target, revision or ref.revision, "safetensors", token), ref, repr(ref.target)
     if ref.source is ModelSource.TIMM:
         raise HubNotFoundError(f"{text!r} is neither a folder nor a Hub id 'org/name'. A timm name is a backbone: "
                                f"ImageClassifier(backbone={text!r}, num_classes=...).")
@@ -475,13 +483,13 @@ def _find(folder_or_id: str | os.PathLike[str], revision: str | None, token: str
     if not folder.is_dir(): raise HubNotFoundError(f"Folder {ref.target!r} not found. Give a folder that save_pretrained wrote, or a Hub id 'org/name'.")
     if revision is not None: raise ValueError(f"{text!r} is a folder here, which has no revisions; got revision={revision!r}. A repository is 'hf-hub:org/name'.")
     if not (folder / "config.json").is_file(): raise HubCorruptError(f"Folder {ref.target!r} has no config.json, so it holds no model.")
-    return _Files(folder), ref, f"folder {ref.target!r}"
+    return ModelFiles(folder), ref, f"folder {ref.target!r}"
 
 def _read_weights(folder: Path, where: str) -> dict[str, Tensor]:
     "The weights of a folder; safetensors only."
-    path = folder / _weight_file([o.name for o in folder.iterdir()], where, "safetensors")
-    _check_weights(path, where)
-    return {k: v for o in _shards(path) or [path.name] for k, v in load_file(path.parent / o).items()}
+    path = folder / choose_weight_file([o.name for o in folder.iterdir()], where, "safetensors")
+    check_weight_file(path, where)
+    return {k: v for o in list_shards(path) or [path.name] for k, v in load_file(path.parent / o).items()}
 
 _READERS: dict[str, Callable[[Any, Path, str], dict[str, Tensor]]] = {
     "timm": lambda model, folder, where: _from_timm(model, _read_weights(folder, where)),
@@ -507,7 +515,7 @@ def _fill(model: Any, kind: str, folder: Path, where: str) -> None:
     model.load_state_dict(found, strict=False)
 
 # %% ../nbs/50_hub.ipynb #95a2e89e
-def _foreign(files: _Files, ref: _Reference, config: Mapping[str, Any], where: str, cls: type | None, kwargs: Mapping[str, Any]) -> Any:
+def _foreign(files: ModelFiles, ref: ModelReference, config: Mapping[str, Any], where: str, cls: type | None, kwargs: Mapping[str, Any]) -> Any:
     "The classifier of a timm or transformers folder that this library did not write."
     is_timm, kinds = "architecture" in config and config.get("model_type") in (None, "timm_wrapper"), config.get("architectures") or [""]
     if not is_timm and not str(kinds[0]).endswith("ForImageClassification"):
@@ -516,7 +524,7 @@ def _foreign(files: _Files, ref: _Reference, config: Mapping[str, Any], where: s
     if settled := [o for o in ("backbone", "num_classes") if o in kwargs]:
         raise ValueError(f"{where} is taken over as the classifier that it is, so {settled[0]}={kwargs[settled[0]]!r} cannot be set. A new head on it: "
                          "ImageClassifier(backbone=..., num_classes=...).")
-    silent = contextlib.nullcontext() if is_timm else _quiet(require("transformers", why=f"{where} holds a transformers model, and reading it"))
+    silent = contextlib.nullcontext() if is_timm else quiet_transformers(require("transformers", why=f"{where} holds a transformers model, and reading it"))
     with torch.random.fork_rng(devices=[]), silent:
         other = _read_timm(files.folder, where) if is_timm else _read_native(files.folder, where)
         classes = other.num_classes if is_timm else other.config.num_labels
@@ -528,7 +536,7 @@ def _foreign(files: _Files, ref: _Reference, config: Mapping[str, Any], where: s
         for pooling in (None,) if is_timm else (None, "cls", "mean", "pooler"):
             extra = {} if pooling is None else {"pooling": pooling}
             try:
-                backbone = Backbone(_build_folder(files, ref, BackboneConfig(ref.target, extra_kwargs=extra), where))
+                backbone = Backbone(build_from_folder(files, ref, BackboneConfig(ref.target, extra_kwargs=extra), where))
                 model = (cls or find_task("ImageClassifier"))(backbone, classes, **given)
                 model.load_state_dict(_from_timm(model, other.state_dict()) if is_timm else _from_native(model, other), strict=False)
                 x = _random_images(model) if x is None else x
@@ -540,7 +548,7 @@ def _foreign(files: _Files, ref: _Reference, config: Mapping[str, Any], where: s
 
 def _read_timm(folder: Path, where: str) -> Any:
     "timm's model of a folder."
-    _check_weights(path := folder / _weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
+    check_weight_file(path := folder / choose_weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
     # The very file that was looked at: timm itself prefers some pickles to some safetensors.
     try: return timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=dict(source="", file=str(path)))
     except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, AssertionError, pickle.UnpicklingError) as e: raise HubCorruptError(f"timm cannot load {where}: {' '.join(str(e).split())[:300]}") from e
@@ -567,7 +575,7 @@ def load_pretrained(
 ) -> Any:                                   # the model, in eval mode
     "The model of a folder or repository. Raises a `HubError` if there is none, or none that can be loaded."
     files, ref, where = _find(folder_or_id, revision, token)
-    config = _read_json(files.folder / "config.json", where)
+    config = read_json(files.folder / "config.json", where)
     block = config.get("autotimm")
     if not isinstance(block, Mapping) or not isinstance(block.get("hparams"), Mapping):
         return _foreign(files, ref, config, where, cls, kwargs)
@@ -592,7 +600,7 @@ _PUSH_SECONDS = 15.0
 
 def _push_error(e: Exception, repo_id: str, revision: str | None) -> HubError:
     "The client's error as one of ours."
-    found = _hub_error(e, repo_id, revision)
+    found = to_hub_error(e, repo_id, revision)
     status = getattr(getattr(e, "response", None), "status_code", None)
     if status in (401, 403):
         return HubAccessError(f"{repo_id!r} may not be written to: the Hub answered {status}. Log in with `hf auth login`, or set HF_TOKEN to a token that "
@@ -608,7 +616,7 @@ def _push_error(e: Exception, repo_id: str, revision: str | None) -> HubError:
 
 def _commit(api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str, card: str | None = None) -> str:
     "Make the repository if need be, and one commit; its address. `card` is sent in place of the folder's README.md."
-    _within(_PUSH_SECONDS, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    call_within(_PUSH_SECONDS, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     if private and not api.model_info(repo_id).private:
         raise HubError(f"{repo_id!r} is there already and public; private=True makes only new repositories private. Nothing was pushed. Make it private first, "
                        f"HfApi().update_repo_settings({repo_id!r}, private=True), or push to another.")
@@ -617,7 +625,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, private: bool | None, revisi
     ours: dict[str, Any] = {o.name: o for o in sorted(folder.iterdir()) if o.is_file() and (o.name == ".gitattributes" or not o.name.startswith("."))}
     if card is not None: ours["README.md"] = card.encode()
     stale = [o for o in api.list_repo_files(repo_id, revision=revision) if o not in ours and
-             (o in _OUR_FILES or re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|index\.json)", o)) and o != ".gitattributes"]
+             (o in SAVED_FILES or re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|index\.json)", o)) and o != ".gitattributes"]
     work: list[Any] = [*(CommitOperationDelete(o) for o in stale), *(CommitOperationAdd(k, v) for k, v in ours.items())]
     return str(api.create_commit(repo_id, work, commit_message=message, revision=revision).commit_url)
 
@@ -642,19 +650,22 @@ def push_to_hub(
     with contextlib.ExitStack() as stack:
         if isinstance(model, (str, os.PathLike)):
             folder = Path(model).expanduser()
-            if not _our_block(folder): raise HubNotFoundError(f"{os.fspath(model)!r} is no folder that save_pretrained wrote.")
+            if not read_autotimm_block(folder): raise HubNotFoundError(f"{os.fspath(model)!r} is no folder that save_pretrained wrote.")
             if kwargs: raise ValueError(f"A saved folder is pushed as it is, so {sorted(kwargs)} cannot be set. Push the model itself.")
             where = f"folder {os.fspath(model)!r}"
-            _check_weights(folder / _weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
+            check_weight_file(folder / choose_weight_file([o.name for o in folder.iterdir()], where, "safetensors"), where)
             if (folder / "README.md").is_file(): card = _card_for((folder / "README.md").read_text(encoding="utf-8"), repo_id)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / repo_id.rpartition("/")[2]
             save_pretrained(model, folder, repo_id=repo_id, **kwargs)
         try: return _commit(HfApi(token=token), folder, repo_id, private, revision, commit_message, card)
-        except (_HTTP_ERROR, OSError, ValueError) as e: raise _push_error(e, repo_id, revision) from e
+        except (HTTP_ERROR, OSError, ValueError) as e: raise _push_error(e, repo_id, revision) from e
 
 # %% ../nbs/50_hub.ipynb #d6294e47
-def _task_of(hparams: Mapping[str, Any], where: str) -> type:
+def task_from_hparams(
+    hparams: Mapping[str, Any],     # of a checkpoint
+    where: str,                     # what to call the checkpoint in an error
+) -> type:                          # the class
     "The task whose constructor takes these hyperparameters, the one with the fewest others if there are several."
     if isinstance(named := hparams.get("task"), str): return find_task(named)
     for known in (_library_tasks(), TASKS):
@@ -686,7 +697,7 @@ def convert_checkpoint(
     if state.keys() != found["state_dict"].keys():      # parts were wrapped by torch.compile
         torch.save({**found, "state_dict": state}, source := io.BytesIO())
         source.seek(0)
-    task: Any = cls or _task_of(hparams, repr(name))
+    task: Any = cls or task_from_hparams(hparams, repr(name))
     return save_pretrained(task.load_from_checkpoint(source, map_location="cpu", allow=allow), folder, **kwargs)
 
 def folder_to_checkpoint(

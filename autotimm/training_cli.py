@@ -36,7 +36,8 @@ from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from .backbones import BackboneConfig, FeatureBackboneConfig, HubError
+from .backbones.config import BackboneConfig, FeatureBackboneConfig
+from .backbones.sources import HubError
 from .checkpoints import LAST_NAME, find_last, named_errors
 from .core import atomic_path, import_object, is_rank_zero, lookup, quiet, require, say
 from .data.datamodule import (DetectionDataModule, ImageDataModule, InstanceSegmentationDataModule, MultiLabelImageDataModule,

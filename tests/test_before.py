@@ -102,6 +102,17 @@ def test_a_yaml_file_is_read_as_it_was(path, capsys):
     assert {k: printed["model"][k] for k in plain} == plain
 
 
+@pytest.mark.parametrize("name", ["autotimm.BackboneConfig", "autotimm.backbones.BackboneConfig"])
+def test_a_class_path_of_a_yaml_file_is_understood(name, tmp_path, capsys):
+    "`autotimm.backbones` was one module when such files were written."
+    backbone = {"class_path": name, "init_args": {"model_name": "test_vit", "pretrained": False}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"task": "classification", "model": {"backbone": backbone}, "data": {"data_dir": "photos"}}))
+    with pytest.raises(SystemExit) as e: main(["fit", "--config", str(tmp_path / "run.yaml"), "--print_config"])
+    assert e.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["backbone"]
+    assert printed["class_path"].endswith(".BackboneConfig") and printed["init_args"].items() >= backbone["init_args"].items()
+
+
 def lines(part: str) -> list[str]:
     "The command lines of a part of commands.txt."
     text = (BEFORE / "commands.txt").read_text()

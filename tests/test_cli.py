@@ -339,9 +339,9 @@ def test_debug_shows_the_traceback(here, capsys):
 
 
 def test_offline_names_no_pretrained_at_once(here, monkeypatch, capsys):
-    import autotimm.backbones as backbones
-    monkeypatch.setattr(backbones.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(backbones.constants, "ENDPOINT", "http://127.0.0.1:9")
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
     assert main(["fit", "--data", "photos", "--backbone", "resnet10t", *TINY]) == 1

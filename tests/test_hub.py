@@ -400,7 +400,7 @@ def test_a_process_killed_while_it_saves_leaves_the_old_folder(tmp_path):
         import os, signal
         from autotimm import BackboneConfig, ImageClassifier, hub
         model = ImageClassifier(BackboneConfig("test_resnet", pretrained=False), 7)
-        for moment in ("_write_json", "_write_weights", "_check_written", "_make_card"):
+        for moment in ("write_json", "write_weights", "_check_written", "_make_card"):
             if not (child := os.fork()):
                 real = getattr(hub, moment)
                 def die(*args, **kwargs):

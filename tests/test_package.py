@@ -1,6 +1,7 @@
 """What the package promises as a package: layout, lazy names, wheel, settings, the order of the notebooks."""
 import ast
 import configparser
+import importlib
 import os
 import re
 import subprocess
@@ -38,6 +39,18 @@ def test_names_for_people_and_for_type_checkers_agree():
     typed = {a.name: n.module.split(".")[1] for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
     assert typed == autotimm._NAMES
     assert sorted(autotimm.__all__) == sorted(autotimm._NAMES)
+
+
+@pytest.mark.parametrize("package", ["backbones", "data", "tasks"])
+def test_names_of_a_package_agree(package):
+    "The block for type checkers, `__all__` and the table of lazy names, which imports each when it is used."
+    module = importlib.import_module(f"autotimm.{package}")
+    tree = ast.parse((PACKAGE / package / "__init__.py").read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    typed = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    lazy = {name: f"autotimm.{package}.{file}" for file, names in module._WHERE.items() for name in names.split()}
+    assert typed == lazy and sorted(lazy) == sorted(module.__all__)
+    for name, place in lazy.items(): assert getattr(module, name) is getattr(importlib.import_module(place), name)
 
 
 @pytest.mark.parametrize("name", sorted(autotimm._NAMES) + sorted(autotimm._MODULES))
@@ -103,6 +116,27 @@ def test_a_module_imports_only_lower_numbers():
         for name in imported(module):
             assert name in order, f"{module} imports {name}, which no numbered notebook exports"
             assert order[name] < number, f"{module} ({number}) imports {name} ({order[name]})"
+
+
+def private_imports(path: Path) -> list[str]:
+    "Names with an underscore that a file takes from another module of this package, by import or as an attribute of a module."
+    tree, modules, found = ast.parse(path.read_text()), set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).split(".")[0] == "autotimm"):
+            found += [f"{path.name}:{node.lineno} {a.name}" for a in node.names if a.name.startswith("_")]
+            modules |= {a.asname or a.name for a in node.names}
+        elif isinstance(node, ast.Import): modules |= {a.asname or a.name for a in node.names if a.name.split(".")[0] == "autotimm"}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"): continue
+        if ast.unparse(node.value) in modules: found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
+    return found
+
+
+def test_no_module_takes_private_names_of_another(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("from .hub import _fetch\nfrom autotimm import hub, _x\nimport autotimm.core as core\nhub._find, core._y, core.__name__\n")
+    assert [o.split()[1] for o in private_imports(bad)] == ["_fetch", "_x", "hub._find", "core._y"]
+    assert [o for path in PACKAGE.rglob("*.py") for o in private_imports(path)] == []
 
 
 def test_every_module_comes_from_a_notebook():

@@ -190,7 +190,7 @@ def _named_data_config(name: str) -> dict[str, Any]:
     if timm.is_model(model) and (not tag or name in timm.list_pretrained(f"{model}.*")):
         cfg = timm.get_pretrained_cfg(name)
         return resolve_data_config(pretrained_cfg=cfg.to_dict()) if cfg else dict(IMAGENET_DATA_CONFIG)
-    from autotimm.backbones import create_backbone
+    from autotimm.backbones.backbone import create_backbone
     return dict(create_backbone(name, pretrained=False).data_config)
 
 def resolve_backbone_data_config(

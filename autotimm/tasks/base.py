@@ -35,7 +35,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from ..backbones import FeatureBackbone, create_backbone, create_feature_backbone
+from ..backbones.backbone import FeatureBackbone, create_backbone, create_feature_backbone
 from ..calibration import Calibration, calibrate_logits, collect_logits
 from ..core import TRUSTED_MODULES, deterministic_algorithms, inherit_signature, lookup, object_path, seeded, to_plain
 from ..data.datamodule import count_epochs

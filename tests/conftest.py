@@ -11,13 +11,17 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)): os.environ.se
 # A shell that starts a job in the background has it ignore Ctrl-C, which what is tested must hear.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Lightning reads it when it is imported; runs of tests go to stores of their own.
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
 pytest.register_assert_rewrite("hf_routes")
 
 
 @pytest.fixture(autouse=True)
-def wandb_run_ends():
-    "A W&B run belongs to the process: one left open would be taken up by the logger of the next test."
+def loggers_leave_nothing():
+    "A W&B run belongs to the process, and MLflow names its store in the environment: the next test would go on there."
     yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
     if (wandb := sys.modules.get("wandb")) and wandb.run is not None: wandb.finish()
 
 

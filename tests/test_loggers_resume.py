@@ -149,8 +149,8 @@ def folder(tmp_path_factory) -> Path:
     processes: list[dict] = [{"root": str(folder / "whole")}]
     for case, (checkpoint, *kills) in CASES.items():
         processes += [{"root": str(folder / case), "kill": kill, "resume": checkpoint if i else None} for i, kill in enumerate([*kills, None])]
-    # A W&B service that an earlier test of this process began would take a killed run for one at work.
-    inherited = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
+    # Earlier tests of this process leave a W&B service, which takes a killed run for one at work, and a place for MLflow's runs.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_SERVICE", "MLFLOW_"))}
     env = {**inherited, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
     done = subprocess.run([sys.executable, __file__, json.dumps(processes)], env=env, capture_output=True, text=True, timeout=600)
     expected = [-signal.SIGKILL if o.get("kill") else 0 for o in processes]

@@ -2128,7 +2128,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'autotimm.resuming.begin_epoch_again': ('resuming.html#begin_epoch_again', 'autotimm/resuming.py'),
                                    'autotimm.resuming.enter_epoch_again': ('resuming.html#enter_epoch_again', 'autotimm/resuming.py'),
                                    'autotimm.resuming.metric_states': ('resuming.html#metric_states', 'autotimm/resuming.py'),
-                                   'autotimm.resuming.on_cpu': ('resuming.html#on_cpu', 'autotimm/resuming.py'),
                                    'autotimm.resuming.process_state': ('resuming.html#process_state', 'autotimm/resuming.py'),
                                    'autotimm.resuming.restore_process': ('resuming.html#restore_process', 'autotimm/resuming.py'),
                                    'autotimm.resuming.set_metric_states': ('resuming.html#set_metric_states', 'autotimm/resuming.py'),

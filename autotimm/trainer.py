@@ -452,10 +452,11 @@ class AutoTrainer(pl.Trainer):
 
     def share_among_processes(self) -> None:
         "Take from the first process what it alone has decided, and make sure that all of them resume or none does."
-        if len(set(gather_processes(self._resumes))) > 1:
+        found = gather_processes((self._resumes, self.run_folder, self.order_seed))
+        if len({resumes for resumes, *_ in found}) > 1:
             raise RuntimeError("Some processes resume a run and others do not: ckpt_path= must name a file that each of them can read. "
                                f"With 'auto' and 'last', default_root_dir ({self.default_root_dir}) must lie on a disk that all hosts share.")
-        self.run_folder, self.order_seed = self.strategy.broadcast((self.run_folder, self.order_seed))
+        _, self.run_folder, self.order_seed = found[0]
 
     def set_highest_rates(self) -> None:
         "Let schedules that have a highest rate of their own have the one that was found."

@@ -50,15 +50,13 @@ class BrokenValidation(Full):
         super().validation_step(batch, batch_idx)
 
 
-def run(root, ckpt=None, seed=0, model=Full, at=None, act=None, error=None, callbacks=(), **how):
+def run(root, ckpt=None, seed=0, model=Full, at=None, act=None, error=None, callbacks=(), data=loaders, **how):
     "A run of three epochs of four batches; the trainer, the model, what it saw."
     torch.set_num_threads(1)
     pl.seed_everything(seed, verbose=False)
     seen, model = Seen(at, act), model()
     trainer = AutoTrainer(default_root_dir=str(root), callbacks=[seen, *callbacks], **{**QUIET, "max_epochs": 3, **how})
-    if error is None: trainer.fit(model, *loaders(), ckpt_path=ckpt)
-    else:
-        with pytest.raises(error): trainer.fit(model, *loaders(), ckpt_path=ckpt)
+    with pytest.raises(error) if error else contextlib.nullcontext(): trainer.fit(model, *data(), ckpt_path=ckpt)
     return trainer, model, seen.batches
 
 
@@ -217,14 +215,9 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def stream(root, ckpt=None, seed=0, at=None, data=None, **how):
-    "Train on a stream; the trainer, and what it saw."
-    torch.set_num_threads(1)
-    pl.seed_everything(seed, verbose=False)
-    seen, model = Seen(at, raises), Full()
-    trainer = AutoTrainer(max_epochs=3, default_root_dir=str(root), callbacks=[seen], **{**QUIET, **how})
-    with pytest.raises(RuntimeError, match="a step that fails") if at else contextlib.nullcontext():
-        trainer.fit(model, torch.utils.data.DataLoader(data or Stream(), 4), ckpt_path=ckpt)
-    return trainer, model, seen.batches
+    "A run on a stream, which may fail at a batch."
+    return run(root, ckpt, seed, at=at, act=raises, error=RuntimeError if at else None,
+               data=lambda: [torch.utils.data.DataLoader(data or Stream(), 4)], **how)
 
 
 def test_a_stream_starts_its_epoch_again(tmp_path):
@@ -281,17 +274,10 @@ def test_loaders_of_another_length_than_their_sampler_train(loader, tmp_path):
 def test_loaders_that_are_made_anew_each_epoch(tmp_path):
     class Own(Full):
         def train_dataloader(self): return loaders()[0]
-    def fit(root, seed, ckpt=None, stop=None):
-        torch.set_num_threads(1)
-        pl.seed_everything(seed, verbose=False)
-        seen, model = Seen(stop, lambda: os.kill(os.getpid(), signal.SIGINT)), Own()
-        trainer = AutoTrainer(max_epochs=3, default_root_dir=str(root), callbacks=[seen], reload_dataloaders_every_n_epochs=1, **QUIET)
-        with pytest.raises(SystemExit) if stop else contextlib.nullcontext(): trainer.fit(model, ckpt_path=ckpt)
-        return model, seen.batches
-    whole, order = fit(tmp_path / "whole", 0)
-    fit(tmp_path / "broken", 0, stop=6)
-    again, rest = fit(tmp_path / "broken", 7, "last")
-    assert rest == order[6:] and same_weights(again, whole)
+    how = dict(model=Own, data=list, reload_dataloaders_every_n_epochs=1)
+    whole = run(tmp_path / "whole", **how)
+    run(tmp_path / "broken", at=6, act=lambda: os.kill(os.getpid(), signal.SIGINT), error=SystemExit, **how)
+    assert assert_goes_on(whole, tmp_path / "broken", **how) == 6
 
 
 class ByHand(Full):

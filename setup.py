@@ -35,7 +35,7 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[package, package + ".*"]),
-    package_data={package: ["py.typed"]},
+    package_data={package: ["py.typed", "**/*.pyi"]},
     install_requires=cfg["requirements"].split(),
     extras_require={key[len(prefix):]: expand(key[len(prefix):]) for key in cfg if key.startswith(prefix)},
     entry_points={

@@ -464,7 +464,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'autotimm.core.in_notebook': ('core.html#in_notebook', 'autotimm/core.py'),
                                'autotimm.core.inherit_signature': ('core.html#inherit_signature', 'autotimm/core.py'),
                                'autotimm.core.is_rank_zero': ('core.html#is_rank_zero', 'autotimm/core.py'),
-                               'autotimm.core.lazy_names': ('core.html#lazy_names', 'autotimm/core.py'),
                                'autotimm.core.lookup': ('core.html#lookup', 'autotimm/core.py'),
                                'autotimm.core.near_matches': ('core.html#near_matches', 'autotimm/core.py'),
                                'autotimm.core.not_found': ('core.html#not_found', 'autotimm/core.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['T', 'C', 'TRUSTED_MODULES', 'UNREACHABLE', 'DAMAGED', 'near_matches', 'not_found', 'lookup', 'MissingExtraError',
-           'has_module', 'require', 'lazy_names', 'inherit_signature', 'UntrustedImportError', 'import_object',
-           'object_path', 'to_plain', 'swap_paths', 'atomic_path', 'check_seed', 'seed_everything', 'count_parameters',
-           'seeded', 'deterministic_algorithms', 'uncompiled', 'in_notebook', 'quiet', 'is_rank_zero', 'say', 'show']
+           'has_module', 'require', 'inherit_signature', 'UntrustedImportError', 'import_object', 'object_path',
+           'to_plain', 'swap_paths', 'atomic_path', 'check_seed', 'seed_everything', 'count_parameters', 'seeded',
+           'deterministic_algorithms', 'uncompiled', 'in_notebook', 'quiet', 'is_rank_zero', 'say', 'show']
 
 # %% ../nbs/00_core.ipynb #5a0f5754
 import contextlib
@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,22 +86,6 @@ def require(
         raise MissingExtraError(f"{top!r} is not installed.{reason} Install it with: "
                                 f'pip install "autotimm[{extra or top}]"', name=top)
     return importlib.import_module(module)
-
-# %% ../nbs/00_core.ipynb #a27b1c21
-def lazy_names(
-    package: str,                         # `__name__` of the package
-    names: Mapping[str, str],             # public name -> module that holds it
-    modules: Mapping[str, str] = {},      # public name -> module that it stands for
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:  # the package's `__getattr__` and `__dir__`
-    "`__getattr__` and `__dir__` for a package that imports its names when they are used."
-    space = vars(importlib.import_module(package))
-    def get(name: str) -> Any:
-        if name in names: value = getattr(importlib.import_module(names[name]), name)
-        elif name in modules: value = importlib.import_module(modules[name])
-        else: raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        space[name] = value
-        return value
-    return get, lambda: sorted({*space, *names, *modules})
 
 # %% ../nbs/00_core.ipynb #56884269
 C = TypeVar("C", bound=type)

@@ -33,30 +33,38 @@ def test_import_is_light():
     assert min(float(python(timed)) for _ in range(3)) < 0.15
 
 
-def test_names_for_people_and_for_type_checkers_agree():
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    block = next(n for n in tree.body if isinstance(n, ast.If))
-    typed = {a.name: n.module.split(".")[1] for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    assert typed == autotimm._NAMES
-    assert sorted(autotimm.__all__) == sorted(autotimm._NAMES)
+def stub(path: Path) -> dict[str, str]:
+    "Public name -> the module that it comes from, as the stub of a package says."
+    return {a.asname or a.name: f"{'.'.join(path.relative_to(ROOT).parent.parts)}.{n.module}" for n in ast.parse(path.read_text()).body
+            if isinstance(n, ast.ImportFrom) and n.module for a in n.names}
 
 
-@pytest.mark.parametrize("package", ["backbones", "data", "tasks"])
-def test_names_of_a_package_agree(package):
-    "The block for type checkers, `__all__` and the table of lazy names, which imports each when it is used."
-    module = importlib.import_module(f"autotimm.{package}")
-    tree = ast.parse((PACKAGE / package / "__init__.py").read_text())
-    block = next(n for n in tree.body if isinstance(n, ast.If))
-    typed = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    lazy = {name: f"autotimm.{package}.{file}" for file, names in module._WHERE.items() for name in names.split()}
-    assert typed == lazy and sorted(lazy) == sorted(module.__all__)
-    for name, place in lazy.items(): assert getattr(module, name) is getattr(importlib.import_module(place), name)
+STUBS = sorted(PACKAGE.rglob("__init__.pyi"))
 
 
-@pytest.mark.parametrize("name", sorted(autotimm._NAMES) + sorted(autotimm._MODULES))
+@pytest.mark.parametrize("path", STUBS, ids=lambda o: o.parent.name)
+def test_the_stub_of_a_package_is_what_it_holds(path):
+    "Type checkers, `__all__`, `dir` and what is imported at use agree, and each name comes from where it is defined."
+    package = importlib.import_module(".".join(path.relative_to(ROOT).parent.parts))
+    names = stub(path)
+    assert names and sorted(names) == sorted(package.__all__)
+    for name, place in names.items():
+        assert getattr(package, name) is getattr(importlib.import_module(place), name) and name in dir(package)
+        assert getattr(getattr(package, name), "__module__", place) == place, f"{name} is defined elsewhere"
+
+
+def test_each_package_has_a_stub():
+    assert [o.parent for o in STUBS] == sorted(o.parent for o in PACKAGE.rglob("__init__.py"))
+
+
+MODULES = """backbones boxes core data export head heads hub loggers loss losses metric metrics metrics_module optim
+             prediction report results serve task tasks testing trainer viz yolox""".split()
+
+
+@pytest.mark.parametrize("name", sorted(stub(PACKAGE / "__init__.pyi")) + MODULES)
 def test_every_public_name_resolves(name):
     assert getattr(autotimm, name) is not None
-    assert name in dir(autotimm)
+    if name not in ("head", "loss", "metric", "metrics_module", "task"): assert name in dir(autotimm)
 
 
 def test_aliases_are_the_same_module():
@@ -160,7 +168,7 @@ def test_the_wheel_holds_every_module(tmp_path):
                    check=True, capture_output=True)
     wheel, = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py")} | {"autotimm/py.typed"}
+    wanted = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py")} | {str(p.relative_to(ROOT)) for p in STUBS} | {"autotimm/py.typed"}
     assert wanted <= held
 
 

@@ -30,7 +30,6 @@ setup(
     long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
-    url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",

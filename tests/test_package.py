@@ -93,6 +93,8 @@ def test_settings_are_the_one_source():
     assert settings["tst_flags"].split() == nbdev["tst_flags"]
     assert project["project"]["name"] == settings["lib_name"]
     assert project["project"]["requires-python"] == f">={settings['min_python']}"
+    urls = {"Repository": settings["git_url"], "Documentation": settings["doc_host"] + settings["doc_baseurl"]}
+    assert project["project"]["urls"] == urls
     assert autotimm.__version__ == settings["version"]
 
 

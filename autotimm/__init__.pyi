@@ -84,17 +84,17 @@ from .export import (
     validate_onnx_export as validate_onnx_export,
     validate_torchscript_export as validate_torchscript_export,
 )
-from .heads import (
+from .heads.output import (
     ASPP as ASPP,
     ClassificationHead as ClassificationHead,
     DeepLabV3PlusHead as DeepLabV3PlusHead,
     DetectionHead as DetectionHead,
     FCNHead as FCNHead,
-    FPN as FPN,
     FPNHead as FPNHead,
     MaskHead as MaskHead,
     UPerNetHead as UPerNetHead,
 )
+from .heads.pyramid import FPN as FPN
 from .hub import (
     load_pretrained as load_pretrained,
     push_to_hub as push_to_hub,
@@ -104,28 +104,30 @@ from .loggers import (
     LoggerConfig as LoggerConfig,
     LoggerManager as LoggerManager,
 )
-from .losses import (
-    CenternessLoss as CenternessLoss,
-    CombinedSegmentationLoss as CombinedSegmentationLoss,
-    DiceLoss as DiceLoss,
-    FCOSLoss as FCOSLoss,
+from .losses.classification import (
     FocalLoss as FocalLoss,
-    FocalLossPixelwise as FocalLossPixelwise,
-    GIoULoss as GIoULoss,
-    MaskLoss as MaskLoss,
-    TverskyLoss as TverskyLoss,
-    YOLOXLoss as YOLOXLoss,
     list_losses as list_losses,
 )
-from .metrics import (
+from .losses.detection import (
+    CenternessLoss as CenternessLoss,
+    FCOSLoss as FCOSLoss,
+    GIoULoss as GIoULoss,
+    MaskLoss as MaskLoss,
+    YOLOXLoss as YOLOXLoss,
+)
+from .losses.segmentation import (
+    CombinedSegmentationLoss as CombinedSegmentationLoss,
+    DiceLoss as DiceLoss,
+    FocalLossPixelwise as FocalLossPixelwise,
+    TverskyLoss as TverskyLoss,
+)
+from .metrics.config import (
     LoggingConfig as LoggingConfig,
     MetricConfig as MetricConfig,
-    MetricManager as MetricManager,
 )
-from .optim import (
-    list_optimizers as list_optimizers,
-    list_schedulers as list_schedulers,
-)
+from .metrics.manager import MetricManager as MetricManager
+from .optim.optimizers import list_optimizers as list_optimizers
+from .optim.schedulers import list_schedulers as list_schedulers
 from .results import (
     ClassificationResult as ClassificationResult,
     DetectionResult as DetectionResult,
@@ -143,7 +145,7 @@ from .tasks.yolox import YOLOXDetector as YOLOXDetector
 from .trainer import AutoTrainer as AutoTrainer
 from .training_cli import AutoTimmCLI as AutoTimmCLI
 from .tuning import TunerConfig as TunerConfig
-from .yolox import (
+from .yolox.network import (
     CSPDarknet as CSPDarknet,
     PAFPN as PAFPN,
     YOLOX as YOLOX,
@@ -154,8 +156,8 @@ from .yolox import (
     list_yolox_heads as list_yolox_heads,
     list_yolox_models as list_yolox_models,
     list_yolox_necks as list_yolox_necks,
-    load_official_yolox as load_official_yolox,
 )
+from .yolox.official import load_official_yolox as load_official_yolox
 
 __version__: str
 head = heads

@@ -12,6 +12,7 @@ __all__ = ['level_points', 'point_strides', 'ltrb_to_xyxy', 'xyxy_to_ltrb', 'cen
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,31 +27,36 @@ def level_points(
 ) -> list[Tensor]:                              # (h * w, 2) a level: x and y, pixels, float32
     "The centres of the cells of each feature map, row by row."
     if len(shapes) != len(strides):
-        raise ValueError(f"level_points needs one stride a map, got {len(shapes)} maps and strides {tuple(strides)}.")
+        raise ValueError(f"level_points needs one stride a map, got {len(shapes)} maps and strides "
+                         f"{tuple(strides)}.")
     points = []
     for (h, w), stride in zip(shapes, strides):
-        y, x = ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) * stride for n in (h, w))
+        y, x = ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) * stride
+                for n in (h, w))
         points.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).reshape(-1, 2))
     return points
 
+# %% ../nbs/20_boxes.ipynb #442d9810
 def point_strides(
     points: Sequence[Tensor],                   # (P_i, 2) a level, of `level_points`
     strides: Sequence[float],                   # pixels a cell, of each level
 ) -> Tensor:                                    # (P,) float32, P the sum over levels
     "The stride of each point, all levels in one."
     if len(points) != len(strides):
-        raise ValueError(f"point_strides needs one stride a level, got {len(points)} levels and {tuple(strides)}.")
+        raise ValueError(f"point_strides needs one stride a level, got {len(points)} levels and "
+                         f"{tuple(strides)}.")
     # Filled on the device: copying a tensor of strides there would make the host wait.
     return torch.cat([p.new_full((len(p),), s) for p, s in zip(points, strides)])
 
 # %% ../nbs/20_boxes.ipynb #862e24e5
 def ltrb_to_xyxy(
     points: Tensor,             # (P, 2) x and y, pixels
-    ltrb: Tensor,               # (..., P, 4) distances to the left, top, right and bottom edge, pixels
+    ltrb: Tensor,  # (..., P, 4) distances to the left, top, right and bottom edge, pixels
 ) -> Tensor:                    # (..., P, 4) xyxy, pixels
     "The corners of the boxes whose edges are so far from the points."
     return torch.cat([points - ltrb[..., :2], points + ltrb[..., 2:]], -1)
 
+# %% ../nbs/20_boxes.ipynb #5bda6da1
 def xyxy_to_ltrb(
     points: Tensor,             # (P, 2) x and y, pixels
     boxes_xyxy: Tensor,         # (..., P, 4) xyxy, pixels
@@ -81,11 +87,23 @@ def default_regress_ranges(
 # %% ../nbs/20_boxes.ipynb #39472a1f
 @dataclass
 class FCOSTargets:
-    "What each of P points has to predict; with a batch dimension in front for a batch."
-    labels: Tensor              # (P,) int64 class ids, -1 for background
-    boxes_xyxy: Tensor          # (P, 4) float32 xyxy, pixels; for background the empty box at the point
-    centerness: Tensor          # (P,) float32, 0 for background
-    matched: Tensor             # (P,) int64, which of the image's objects, -1 for none
+    """What each of P points has to predict; with a batch dimension in front for a batch.
+
+    Parameters
+    ----------
+    labels : Tensor
+        (P,) int64 class ids, -1 for background.
+    boxes_xyxy : Tensor
+        (P, 4) float32 xyxy, pixels; for background the empty box at the point.
+    centerness : Tensor
+        (P,) float32, 0 for background.
+    matched : Tensor
+        (P,) int64, which of the image's objects, -1 for none.
+    """
+    labels: Tensor
+    boxes_xyxy: Tensor
+    centerness: Tensor
+    matched: Tensor
 
     @property
     def foreground(self) -> Tensor:
@@ -97,11 +115,13 @@ def _check_objects(boxes_xyxy: Sequence[Tensor], labels: Sequence[Tensor]) -> No
     "Raise `ValueError` for boxes that are not (N, 4), or labels that are not (N,)."
     for boxes, ids in zip(boxes_xyxy, labels, strict=True):
         if boxes.shape != (len(ids), 4) or ids.ndim != 1:
-            raise ValueError(f"An image needs boxes of shape (N, 4) and labels of shape (N,), got {tuple(boxes.shape)} "
+            raise ValueError(f"An image needs boxes of shape (N, 4) and labels of shape (N,), got "
+                             f"{tuple(boxes.shape)} "
                              f"and {tuple(ids.shape)}. Without objects: torch.zeros(0, 4) and "
                              "torch.zeros(0, dtype=torch.int64).")
 
-def _fcos_costs(points: Tensor, strides: Tensor, lows: Tensor, highs: Tensor, boxes: Tensor, radius: float) -> Tensor:
+def _fcos_costs(points: Tensor, strides: Tensor, lows: Tensor, highs: Tensor, boxes: Tensor,
+                radius: float) -> Tensor:
     "(M, P): the area of each object at the points that may answer for it, infinity elsewhere."
     x, y = points.unbind(1)
     x0, y0, x1, y1 = boxes.unsqueeze(2).unbind(1)
@@ -115,31 +135,38 @@ def _fcos_costs(points: Tensor, strides: Tensor, lows: Tensor, highs: Tensor, bo
 @torch.no_grad()
 def assign_fcos(
     points: Sequence[Tensor],                       # (P_i, 2) a level, of `level_points`
-    boxes_xyxy: Tensor | Sequence[Tensor],          # (N, 4) xyxy, pixels; for a batch a list of such
+    boxes_xyxy: Tensor | Sequence[Tensor],  # (N, 4) xyxy, pixels; for a batch a list of such
     labels: Tensor | Sequence[Tensor],              # (N,) class ids; for a batch a list of such
     strides: Sequence[float],                       # pixels a cell, of each level
-    regress_ranges: Sequence[tuple[float, float]],  # lowest and highest distance to the farthest edge, of each level
-    radius: float = 1.5,                            # strides from the object's centre; math.inf: anywhere in the box
+    # lowest and highest distance to the farthest edge, of each level
+    regress_ranges: Sequence[tuple[float, float]],
+    radius: float = 1.5,  # strides from the object's centre; math.inf: anywhere in the box
 ) -> FCOSTargets:                                   # of shape (P, ...); for a batch (B, P, ...)
-    "The target of each point as FCOS assigns it. Raises `ValueError` for levels or objects that do not fit together."
+    """The target of each point as FCOS assigns it. Raises `ValueError` for levels or objects that
+    do not fit together."""
     if isinstance(boxes_xyxy, Tensor) or isinstance(labels, Tensor):
-        batch = assign_fcos(points, [boxes_xyxy], [labels], strides, regress_ranges, radius)  # type: ignore[list-item]
+        batch = assign_fcos(points, cast(Any, [boxes_xyxy]), cast(Any, [labels]), strides,
+                            regress_ranges, radius)
         return FCOSTargets(*(getattr(batch, o.name)[0] for o in fields(batch)))
     if not len(points) == len(strides) == len(regress_ranges):
-        raise ValueError(f"assign_fcos needs a stride and a range for each level, got {len(points)} levels of points, "
+        raise ValueError(f"assign_fcos needs a stride and a range for each level, got "
+                         f"{len(points)} levels of points, "
                          f"{len(strides)} strides and {len(regress_ranges)} ranges.")
     _check_objects(boxes_xyxy, labels)
     xy = torch.cat(list(points))
     per_point, lows, highs = (point_strides(points, o) for o in (strides, *zip(*regress_ranges)))
-    # One more object stands for the background, so that its points need no case of their own. Float32, since areas
+    # One more object stands for the background, so that its points need no case of their own.
+    # Float32, since areas
     # overflow in half precision.
     boxes = torch.cat([*(o.float() for o in boxes_xyxy), xy.new_zeros(1, 4)])
     ids = torch.cat([*(o.long() for o in labels), torch.full((1,), -1, device=xy.device)])
     # In parts, since a crowded batch would need gigabytes in between.
-    costs = torch.cat([_fcos_costs(xy, per_point, lows, highs, part, radius) for part in boxes[:-1].split(128)])
+    costs = torch.cat([_fcos_costs(xy, per_point, lows, highs, part, radius)
+                       for part in boxes[:-1].split(128)])
     counts, matched, which = [len(o) for o in boxes_xyxy], [], []
     for start, cost in zip(_starts(counts), costs.split(counts)):
-        area, index = cost.min(0) if len(cost) else (xy.new_full((len(xy),), math.inf), ids.new_zeros(len(xy)))
+        area, index = cost.min(0) if len(cost) else (xy.new_full((len(xy),), math.inf),
+                                                     ids.new_zeros(len(xy)))
         matched.append(index.where(area < math.inf, -1))
         which.append((start + index).where(area < math.inf, len(boxes) - 1))
     return _fcos_targets(xy, boxes, ids, torch.stack(matched), torch.stack(which))
@@ -148,7 +175,8 @@ def _starts(counts: Sequence[int]) -> list[int]:
     "Where each image's objects start when all stand in one row."
     return [sum(counts[:i]) for i in range(len(counts))]
 
-def _fcos_targets(points: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, which: Tensor) -> FCOSTargets:
+def _fcos_targets(points: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor,
+                  which: Tensor) -> FCOSTargets:
     "The targets, given which of all objects each point has; the last object is the background."
     targets = boxes[which].where((matched >= 0).unsqueeze(-1), points.repeat(1, 2))
     return FCOSTargets(labels[which], targets, centerness(xyxy_to_ltrb(points, targets)), matched)
@@ -156,11 +184,23 @@ def _fcos_targets(points: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor
 # %% ../nbs/20_boxes.ipynb #c2d895a7
 @dataclass
 class SimOTATargets:
-    "What each of P points has to predict; with a batch dimension in front for a batch."
-    labels: Tensor              # (P,) int64 class ids, -1 for background
-    boxes_xyxy: Tensor          # (P, 4) float32 xyxy, pixels; for background the empty box at the point
-    iou: Tensor                 # (P,) float32, of the prediction with its object; 0 for background
-    matched: Tensor             # (P,) int64, which of the image's objects, -1 for none
+    """What each of P points has to predict; with a batch dimension in front for a batch.
+
+    Parameters
+    ----------
+    labels : Tensor
+        (P,) int64 class ids, -1 for background.
+    boxes_xyxy : Tensor
+        (P, 4) float32 xyxy, pixels; for background the empty box at the point.
+    iou : Tensor
+        (P,) float32, of the prediction with its object; 0 for background.
+    matched : Tensor
+        (P,) int64, which of the image's objects, -1 for none.
+    """
+    labels: Tensor
+    boxes_xyxy: Tensor
+    iou: Tensor
+    matched: Tensor
 
     @property
     def foreground(self) -> Tensor:
@@ -169,8 +209,10 @@ class SimOTATargets:
 
 # %% ../nbs/20_boxes.ipynb #b18a0b5e
 def _class_costs(cls_logits: Tensor, obj_logits: Tensor, labels: Tensor) -> Tensor:
-    "(M, P): the cross entropy of the score, the root of class times objectness, with each object's class."
-    log_score = (F.logsigmoid(cls_logits.float()) + F.logsigmoid(obj_logits.float().reshape(-1, 1))) / 2
+    """(M, P): the cross entropy of the score, the root of class times objectness, with each
+    object's class."""
+    log_score = ((F.logsigmoid(cls_logits.float())
+                  + F.logsigmoid(obj_logits.float().reshape(-1, 1))) / 2)
     log_rest = torch.log(-torch.expm1(log_score)).clamp(min=-100)
     return ((log_rest - log_score.clamp(min=-100))[:, labels] - log_rest.sum(1, keepdim=True)).T
 
@@ -183,7 +225,8 @@ def _near(points: Tensor, strides: Tensor, boxes: Tensor, radius: float) -> tupl
     return inside, off_centre < radius * strides
 
 def _cheapest(costs: Tensor, ious: Tensor, topk: int) -> Tensor:
-    "(P,) the object of each point or -1: each takes its cheapest points, as many as its best IoUs add up to."
+    """(P,) the object of each point or -1: each takes its cheapest points, as many as its best IoUs
+    add up to."""
     topk = min(topk, costs.shape[1])
     count = ious.topk(topk, 1).values.sum(1, keepdim=True).int().clamp(min=1)
     order = costs.topk(topk, 1, largest=False).indices
@@ -202,19 +245,25 @@ def assign_simota(
     cls_logits: Tensor,                         # (P, C); for a batch (B, P, C), and so on
     obj_logits: Tensor,                         # (P, 1)
     pred_boxes_xyxy: Tensor,                    # (P, 4) xyxy, pixels
-    candidate_topk: int = 10,                   # how many best IoUs tell how many points an object takes
+    candidate_topk: int = 10,  # how many best IoUs tell how many points an object takes
     radius: float = 2.5,                        # strides from the object's centre
     iou_weight: float = 3.0,                    # of the IoU's cost, where that of the class is 1
 ) -> SimOTATargets:                             # of shape (P, ...); for a batch (B, P, ...)
-    "The target of each point as SimOTA assigns it. Raises `ValueError` for shapes that do not fit together."
+    """The target of each point as SimOTA assigns it. Raises `ValueError` for shapes that do not fit
+    together."""
     if not isinstance(boxes_xyxy, Tensor):
-        images = [assign_simota(points, strides_per_point, *image, candidate_topk, radius, iou_weight)
-                  for image in zip(boxes_xyxy, labels, cls_logits, obj_logits, pred_boxes_xyxy, strict=True)]
-        return SimOTATargets(*(torch.stack([getattr(o, f.name) for o in images]) for f in fields(SimOTATargets)))
+        images = [assign_simota(points, strides_per_point, *image, candidate_topk, radius,
+                                iou_weight)
+                  for image in zip(boxes_xyxy, labels, cls_logits, obj_logits, pred_boxes_xyxy,
+                                   strict=True)]
+        return SimOTATargets(*(torch.stack([getattr(o, f.name) for o in images])
+                               for f in fields(SimOTATargets)))
     assert isinstance(labels, Tensor)
     _check_objects([boxes_xyxy], [labels])
-    if not len(points) == len(strides_per_point) == len(cls_logits) == len(obj_logits) == len(pred_boxes_xyxy):
-        raise ValueError(f"assign_simota needs predictions for its {len(points)} points and {len(strides_per_point)} "
+    if not len(points) == len(strides_per_point) == len(cls_logits) == len(obj_logits) == len(
+        pred_boxes_xyxy):
+        raise ValueError(f"assign_simota needs predictions for its {len(points)} points and "
+                         f"{len(strides_per_point)} "
                          f"strides, got {len(cls_logits)} class, {len(obj_logits)} objectness and "
                          f"{len(pred_boxes_xyxy)} box predictions.")
     points_xyxy, boxes = points.repeat(1, 2), boxes_xyxy.float()
@@ -227,10 +276,12 @@ def assign_simota(
     candidate = (inside | central).any(0) & real
     # A prediction that overflowed has no IoU; it must not decide for the others.
     ious = box_iou(boxes, pred_boxes_xyxy.float()).nan_to_num(0)
-    costs = _class_costs(cls_logits, obj_logits, labels) - iou_weight * (ious + 1e-8).log() + 1e5 * ~(inside & central)
+    costs = _class_costs(cls_logits, obj_logits,
+                         labels) - iou_weight * (ious + 1e-8).log() + 1e5 * ~(inside & central)
     matched = _cheapest(costs.where(candidate, math.inf), ious * candidate, candidate_topk)
     found, index = matched >= 0, matched.clamp(min=0)
-    return SimOTATargets(labels.long()[index].where(found, -1), boxes[index].where(found[:, None], points_xyxy),
+    return SimOTATargets(labels.long()[index].where(found, -1),
+                         boxes[index].where(found[:, None], points_xyxy),
                          ious.gather(0, index[None])[0] * found, matched)
 
 # %% ../nbs/20_boxes.ipynb #42e30b51
@@ -244,9 +295,11 @@ def decode_detections(
     max_detections: int,            # most detections, the best ones
     pre_nms_top_k: int = 1000,      # most (point, class) pairs that are compared
 ) -> dict[str, Tensor]:             # 'boxes' (K, 4) xyxy, 'scores' (K,) descending, 'labels' (K,)
-    "The detections of one image. Raises `ValueError` for boxes and scores that do not fit together."
+    """The detections of one image. Raises `ValueError` for boxes and scores that do not fit
+    together."""
     if scores.ndim != 2 or boxes_xyxy.shape != (len(scores), 4):
-        raise ValueError(f"decode_detections needs boxes (P, 4) and scores (P, C) of one image, got "
+        raise ValueError(f"decode_detections needs boxes (P, 4) and scores (P, C) of one image, "
+                         "got "
                          f"{tuple(boxes_xyxy.shape)} and {tuple(scores.shape)}.")
     flat = scores.float().flatten()
     pairs = (flat > score_thresh).nonzero()[:, 0]
@@ -262,17 +315,34 @@ def decode_detections(
 # %% ../nbs/20_boxes.ipynb #5dfbd487
 @dataclass(frozen=True)
 class LetterBox:
-    "How an image was resized and padded."
-    scale_x: float              # new width over original width, without the padding
-    scale_y: float              # new height over original height
-    pad_left: float             # pixels added on the left, after resizing
-    pad_top: float              # pixels added at the top
-    orig_h: float               # height of the original image
-    orig_w: float               # width of the original image
+    """How an image was resized and padded.
+
+    Parameters
+    ----------
+    scale_x : float
+        New width over original width, without the padding.
+    scale_y : float
+        New height over original height.
+    pad_left : float
+        Pixels added on the left, after resizing.
+    pad_top : float
+        Pixels added at the top.
+    orig_h : float
+        Height of the original image.
+    orig_w : float
+        Width of the original image.
+    """
+    scale_x: float
+    scale_y: float
+    pad_left: float
+    pad_top: float
+    orig_h: float
+    orig_w: float
 
     def __post_init__(self) -> None:
         if not (self.scale_x > 0 and self.scale_y > 0):
-            raise ValueError(f"The scales of a LetterBox must be above 0, got {self.scale_x} and {self.scale_y}.")
+            raise ValueError(f"The scales of a LetterBox must be above 0, got {self.scale_x} and "
+                             f"{self.scale_y}.")
 
     def to_tensor(self) -> Tensor:
         "(6,) float32: the fields in their order."
@@ -284,7 +354,9 @@ class LetterBox:
         row: Tensor,            # (6,) of `to_tensor`
     ) -> "LetterBox":
         "The record of such a row."
-        if row.shape != (6,): raise ValueError(f"A LetterBox has 6 numbers, got a tensor of shape {tuple(row.shape)}.")
+        if row.shape != (6,):
+            raise ValueError(f"A LetterBox has 6 numbers, got a tensor of shape "
+                             f"{tuple(row.shape)}.")
         return cls(*row.tolist())
 
     def from_original(
@@ -302,13 +374,16 @@ class LetterBox:
         "Where boxes of the new image lie in the original one."
         return scale_boxes(boxes_xyxy, self)
 
+# %% ../nbs/20_boxes.ipynb #3c39901e
 def scale_boxes(
     boxes_xyxy: Tensor,         # (..., 4) xyxy, pixels of the resized and padded image
     record: LetterBox | Tensor, # how it was made; or `to_tensor()` of it, (6,)
 ) -> Tensor:                    # (..., 4) xyxy, pixels of the original image, clipped to it
     "The boxes in the pixels of the original image."
     row = record if isinstance(record, Tensor) else record.to_tensor()
-    if row.shape != (6,): raise ValueError(f"A LetterBox has 6 numbers, got a tensor of shape {tuple(row.shape)}.")
+    if row.shape != (6,):
+        raise ValueError(f"A LetterBox has 6 numbers, got a tensor of shape {tuple(row.shape)}.")
     boxes = boxes_xyxy.float()
     row = row.to(boxes)
-    return ((boxes - row[2:4].repeat(2)) / row[:2].repeat(2)).clamp(min=0).minimum(row[4:].flip(0).repeat(2))
+    return ((boxes - row[2:4].repeat(2)) / row[:2].repeat(2)).clamp(min=0).minimum(
+        row[4:].flip(0).repeat(2))

@@ -6,7 +6,7 @@ Docs: https://theja-vanka.github.io/AutoTimm/calibration.html.md"""
 
 # %% auto #0
 __all__ = ['negative_log_likelihood', 'calibration_error', 'fit_temperature', 'Calibration', 'reliability', 'calibrate_logits',
-           'LogitCollector', 'collect_logits']
+           'collect_logits']
 
 # %% ../nbs/42_calibration.ipynb #60e8b5ad
 import math
@@ -18,7 +18,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+from torchmetrics.functional.classification import (binary_calibration_error,
+                                                    multiclass_calibration_error)
 
 from .core import quiet
 from .lightning_parts import trainer_of
@@ -30,33 +31,48 @@ def negative_log_likelihood(
     targets: Tensor,            # (N,) class ids, or (N, C) 0/1 if multi-label
 ) -> Tensor:                    # scalar
     "The mean of minus the logarithm of the probability that was given to what is true."
-    return F.binary_cross_entropy_with_logits(logits, targets.float()) if targets.ndim == 2 else F.cross_entropy(logits, targets)
+    return (F.binary_cross_entropy_with_logits(logits, targets.float()) if targets.ndim == 2
+            else F.cross_entropy(logits, targets))
 
+# %% ../nbs/42_calibration.ipynb #d8c3b105
 def calibration_error(
     logits: Tensor,             # (N, C)
     targets: Tensor,            # (N,) class ids, or (N, C) 0/1 if multi-label
     bins: int = 15,             # of confidence
 ) -> float:                     # 0 to 1
     "The expected calibration error: how far confidence and share of right predictions lie apart."
-    if targets.ndim == 2: return float(binary_calibration_error(logits.sigmoid().flatten(), targets.flatten().int(), n_bins=bins))
+    if targets.ndim == 2:
+        return float(binary_calibration_error(logits.sigmoid().flatten(), targets.flatten().int(),
+                                              n_bins=bins))
     if logits.shape[1] == 1: return 0.0
-    return float(multiclass_calibration_error(logits.softmax(-1), targets, logits.shape[1], n_bins=bins))
+    return float(multiclass_calibration_error(logits.softmax(-1), targets, logits.shape[1],
+                                              n_bins=bins))
 
+# %% ../nbs/42_calibration.ipynb #b72ee805
 def _smoothed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss as if one prediction in N + 2 were wrong, which Platt (1999) took for the least that N images can tell.
+    """The loss as if one prediction in N + 2 were wrong, which Platt (1999) took for the least that
+    N images can tell.
 
     Else the temperature of a model that is right on all of them would be 0."""
     share, classes = 1 / (len(logits) + 2), logits.shape[1]
-    if targets.ndim == 2: return F.binary_cross_entropy_with_logits(logits, targets.to(logits) * (1 - 2 * share) + share)
-    return F.cross_entropy(logits, targets, label_smoothing=min(1.0, share * classes / max(1, classes - 1)))
+    if targets.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits,
+                                                  targets.to(logits) * (1 - 2 * share) + share)
+    return F.cross_entropy(logits, targets, label_smoothing=min(1.0, share * classes
+                                                                / max(1, classes - 1)))
 
 def fit_temperature(
     logits: Tensor,             # (N, C)
     targets: Tensor,            # (N,) class ids, or (N, C) 0/1 if multi-label
 ) -> float:                     # from 0.01 to 100
-    "The temperature with the least negative log-likelihood. Raises `ValueError` for logits that are not finite, or none."
-    if len(logits) != len(targets) or not len(logits): raise ValueError(f"There are {len(logits)} logits for {len(targets)} targets; both must be as many, one at least.")
-    if not torch.isfinite(logits).all(): raise ValueError("The model gives logits that are not finite, so there is no temperature for them. Train it again with a lower lr.")
+    """The temperature with the least negative log-likelihood. Raises `ValueError` for logits that
+    are not finite, or none."""
+    if len(logits) != len(targets) or not len(logits):
+        raise ValueError(f"There are {len(logits)} logits for {len(targets)} targets; both must be "
+                         "as many, one at least.")
+    if not torch.isfinite(logits).all():
+        raise ValueError("The model gives logits that are not finite, so there is no temperature "
+                         "for them. Train it again with a lower lr.")
     if targets.ndim == 1 and logits.shape[1] == 1: return 1.0  # one class is always sure
     logits = logits.double()
     loss = lambda log_t: float(_smoothed_loss(logits / math.exp(log_t), targets))
@@ -71,34 +87,56 @@ def fit_temperature(
 # %% ../nbs/42_calibration.ipynb #c45a1758
 @dataclass(frozen=True)
 class Calibration:
-    "What a temperature changed."
-    temperature: float          # that the logits were divided by
-    error_before: float         # expected calibration error, 0 to 1
+    """What a temperature changed.
+
+    Parameters
+    ----------
+    temperature : float
+        That the logits were divided by.
+    error_before : float
+        Expected calibration error, 0 to 1.
+    error_after : float
+        TODO
+    loss_before : float
+        Negative log-likelihood.
+    loss_after : float
+        TODO
+    bins : Mapping[str, tuple[list[float], list[float]]]
+        'before', 'after' -> mean confidence and share that is right, of each bin.
+    """
+    temperature: float
+    error_before: float
     error_after: float
-    loss_before: float          # negative log-likelihood
+    loss_before: float
     loss_after: float
-    bins: Mapping[str, tuple[list[float], list[float]]]     # 'before', 'after' -> mean confidence and share that is right, of each bin
+    bins: Mapping[str, tuple[list[float], list[float]]]
 
     def __repr__(self) -> str:
-        return (f"temperature {self.temperature:.3f}: expected calibration error {self.error_before:.2%} -> {self.error_after:.2%}, "
+        return (f"temperature {self.temperature:.3f}: expected calibration error "
+                f"{self.error_before:.2%} -> {self.error_after:.2%}, "
                 f"negative log-likelihood {self.loss_before:.4f} -> {self.loss_after:.4f}")
 
     def plot(self) -> Any:      # matplotlib Figure
-        "Share of right predictions by confidence, before and after; on the diagonal it is as it should be."
+        """Share of right predictions by confidence, before and after; on the diagonal it is as it
+        should be."""
         figure = new_figure(3.6, 3.2)
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color="lightgrey")
-        for (name, (confidence, right)), error in zip(self.bins.items(), (self.error_before, self.error_after)):
-            axes.plot(confidence, right, marker="o", markersize=4, label=f"{name}: error {error:.1%}")
+        for (name, (confidence, right)), error in zip(self.bins.items(),
+                                                      (self.error_before, self.error_after)):
+            axes.plot(confidence, right, marker="o", markersize=4,
+                      label=f"{name}: error {error:.1%}")
         axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
         axes.legend(fontsize=8)
         return figure
 
+# %% ../nbs/42_calibration.ipynb #4d2ed557
 def reliability(
     logits: Tensor,             # (N, C)
     targets: Tensor,            # (N,) class ids, or (N, C) 0/1 if multi-label
     bins: int = 15,             # of confidence
-) -> tuple[list[float], list[float]]:   # mean confidence and share that is right, of each bin that is not empty
+    # mean confidence and share that is right, of each bin that is not empty
+) -> tuple[list[float], list[float]]:
     "Confidence beside the share of right predictions."
     if targets.ndim == 2: confidence, right = logits.sigmoid().flatten(), targets.flatten().float()
     else:
@@ -108,6 +146,7 @@ def reliability(
     kept = [which == i for i in range(bins) if (which == i).any()]
     return [float(confidence[o].mean()) for o in kept], [float(right[o].mean()) for o in kept]
 
+# %% ../nbs/42_calibration.ipynb #9d79dab8
 def calibrate_logits(
     logits: Tensor,             # (N, C)
     targets: Tensor,            # (N,) class ids, or (N, C) 0/1 if multi-label
@@ -116,17 +155,23 @@ def calibrate_logits(
     logits, t = logits.float(), fit_temperature(logits, targets)
     cooled = logits / t
     return Calibration(t, calibration_error(logits, targets), calibration_error(cooled, targets),
-                       float(negative_log_likelihood(logits, targets)), float(negative_log_likelihood(cooled, targets)),
-                       {"before": reliability(logits, targets), "after": reliability(cooled, targets)})
+                       float(negative_log_likelihood(logits, targets)),
+                       float(negative_log_likelihood(cooled, targets)),
+                       {"before": reliability(logits, targets),
+                        "after": reliability(cooled, targets)})
 
 # %% ../nbs/42_calibration.ipynb #5b22d8fb
-class LogitCollector(pl.LightningModule):
-    "Keeps logits and targets of the validation batches; looks to a data module like the model."
-    def __init__(
-        self,
-        model: nn.Module,                                   # with `data_config`, if it has one
-        read: Callable[[Any], tuple[Tensor, Tensor]],       # batch -> logits (N, C) and targets
-    ) -> None:
+class _LogitCollector(pl.LightningModule):
+    """Keeps logits and targets of the validation batches; looks to a data module like the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With `data_config`, if it has one.
+    read : Callable[[Any], tuple[Tensor, Tensor]]
+        Batch -> logits (N, C) and targets.
+    """
+    def __init__(self, model: nn.Module, read: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.model, self.read = model, read
         self.data_config = getattr(model, "data_config", None)
@@ -137,6 +182,7 @@ class LogitCollector(pl.LightningModule):
         logits, targets = self.read(batch)
         self.kept.append((logits.float().cpu(), targets.cpu()))
 
+# %% ../nbs/42_calibration.ipynb #199a4d15
 def collect_logits(
     model: nn.Module,                                   # put into eval mode for the time
     data: Any,                                          # LightningDataModule, or DataLoader
@@ -144,16 +190,20 @@ def collect_logits(
 ) -> tuple[Tensor, Tensor]:                             # logits (N, C) and targets
     "What the model says of the validation data. Raises `ValueError` where there is none."
     if not isinstance(data, (pl.LightningDataModule, Iterable)) or isinstance(data, (str, Mapping)):
-        raise TypeError(f"Calibration needs a data module or a DataLoader of labelled batches, got {type(data).__name__}: {str(data)[:80]!r}.")
+        raise TypeError(f"Calibration needs a data module or a DataLoader of labelled batches, got "
+                        f"{type(data).__name__}: {str(data)[:80]!r}.")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(o, o.training) for o in model.modules()]
-    collector = LogitCollector(model, read)
+    collector = _LogitCollector(model, read)
     before, own = getattr(data, "trainer", None), trainer_of(model)
     with quiet(everything=True):
-        trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else "cpu" if device.type == "cpu" else "auto", devices=1, logger=False,
-                             enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
+        trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else "cpu"
+                             if device.type == "cpu" else "auto", devices=1, logger=False,
+                             enable_checkpointing=False, enable_model_summary=False,
+                             enable_progress_bar=False, num_sanity_val_steps=0)
         try:
-            if isinstance(data, pl.LightningDataModule): trainer.validate(collector, datamodule=data, verbose=False)
+            if isinstance(data, pl.LightningDataModule):
+                trainer.validate(collector, datamodule=data, verbose=False)
             else: trainer.validate(collector, data, verbose=False)
         finally:
             model.to(device)
@@ -161,6 +211,8 @@ def collect_logits(
             # Lightning gives its trainer to the modules in a module too.
             if isinstance(model, pl.LightningModule): model.trainer = own
             if isinstance(data, pl.LightningDataModule): data.trainer = before
-    if not collector.kept: raise ValueError("There is no validation data to calibrate on. Give the data module some (val_split=, a val folder), or a DataLoader.")
+    if not collector.kept:
+        raise ValueError("There is no validation data to calibrate on. Give the data module some "
+                         "(val_split=, a val folder), or a DataLoader.")
     logits, targets = (torch.cat(o) for o in zip(*collector.kept))
     return logits, targets

@@ -49,7 +49,7 @@ from .prediction import (MAX_PIXELS, check_prediction, detections_to_original, f
                                  read_and_prepare)
 from .results import ClassificationResult, DetectionResult, Result, Results, SegmentationResult
 from .viz import Table
-from .yolox import decode_yolox
+from .yolox.network import decode_yolox
 
 # %% ../nbs/54_export.ipynb #044f2541
 _TASK_OF = {"ImageClassifier": "classification", "SemanticSegmentor": "segmentation", "InstanceSegmentor": "instance_segmentation",
@@ -1121,7 +1121,7 @@ def measure_objects(
 ) -> tuple[float, int]:                             # 0 to 1, and the number of images
     "COCO's mean average precision, of masks where there are such."
     from autotimm.data.datamodule import check_targets, read_targets
-    from autotimm.metrics import MeanAveragePrecision
+    from autotimm.metrics.config import MeanAveragePrecision
     masks, images = model.task_name == "instance_segmentation", 0
     metric = MeanAveragePrecision(iou_type="segm" if masks else "bbox")
     for batch in data:

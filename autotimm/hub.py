@@ -49,7 +49,7 @@ from .backbones.transformers import (make_processor_config, quiet_transformers,
                                              without_conversion)
 from .core import DAMAGED, TRUSTED_MODULES, UNREACHABLE, atomic_path, near_matches, require, to_plain, uncompiled
 from .data.transforms import PIL_MODES
-from .heads import ClassificationHead
+from .heads.output import ClassificationHead
 
 # %% ../nbs/50_hub.ipynb #51207b03
 TASKS: dict[str, type] = {}     # name -> class with this library's tasks' constructor; one's own may be added

@@ -31,16 +31,29 @@ from .viz import Table, class_colors, show_boxes, show_images, show_masks
 # %% ../nbs/40_results.ipynb #813e6a9d
 @dataclass(eq=False, kw_only=True)
 class Result(Mapping[str, Any]):
-    "What a model says of one image; a mapping of its tensors."
-    name: str | None = None                     # file, URL or row; None: it had none
-    size: tuple[int, int] | None = None         # height and width of the original image, pixels
-    class_names: Sequence[str] | None = None    # names by class id; None: the ids themselves
-    image: Any = field(default=None, repr=False)  # where the image is, for pictures
-    parts: ClassVar[tuple[str, ...]] = ()       # names of its tensors
+    """What a model says of one image; a mapping of its tensors.
+
+    Parameters
+    ----------
+    name : str | None, default None
+        File, URL or row; None where it had none.
+    size : tuple[int, int] | None, default None
+        Height and width of the original image, pixels.
+    class_names : Sequence[str] | None, default None
+        Names by class id; None for the ids themselves.
+    image : Any, default None
+        Where the image is, for pictures.
+    """
+    name: str | None = None
+    size: tuple[int, int] | None = None
+    class_names: Sequence[str] | None = None
+    image: Any = field(default=None, repr=False)
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def _there(self) -> list[str]: return [o for o in self.parts if getattr(self, o) is not None]
     def __getitem__(self, key: str) -> Any:
-        if key not in self._there(): raise KeyError(f"{key!r}: a {type(self).__name__} has {', '.join(self._there())}.")
+        if key not in self._there():
+            raise KeyError(f"{key!r}: a {type(self).__name__} has {', '.join(self._there())}.")
         return getattr(self, key)
     def __iter__(self) -> Iterator[str]: return iter(self._there())
     def __len__(self) -> int: return len(self._there())
@@ -59,20 +72,26 @@ class Result(Mapping[str, Any]):
         "Rows of a table: plain values by column."
         raise NotImplementedError(f"{type(self).__name__} must define rows().")
 
-    def _said(self) -> dict[str, Any]: raise NotImplementedError(f"{type(self).__name__} must define _said().")
+    def _said(self) -> dict[str, Any]:
+        raise NotImplementedError(f"{type(self).__name__} must define _said().")
 
     def regions(self) -> list[dict[str, Any]]:
         "What COCO says of each region of the image. Raises `TypeError` for results that have none."
-        raise TypeError(f"{type(self).__name__} has no boxes or masks, so there is no COCO form of it. Use to_json() or to_csv().")
+        raise TypeError(f"{type(self).__name__} has no boxes or masks, so there is no COCO form of "
+                        "it. Use to_json() or to_csv().")
 
     def to_png(self, path: str | os.PathLike[str]) -> Path:
-        "Write what was found as a PNG of class ids. Raises `TypeError` for results that have no class for every pixel."
-        raise TypeError(f"{type(self).__name__} has no class for every pixel, so there is no mask to write. Use to_json(), to_csv() or plot().")
+        """Write what was found as a PNG of class ids. Raises `TypeError` for results that have no
+        class for every pixel."""
+        raise TypeError(f"{type(self).__name__} has no class for every pixel, so there is no mask "
+                        "to write. Use to_json(), to_csv() or plot().")
 
     def picture(self) -> Tensor:
         "The original image, (C, H, W) uint8. Raises `ValueError` if it was not kept."
-        if self.image is None: raise ValueError(f"The image of {self.name or 'this result'} was not kept: only its tensor was given. Predict from files, "
-                                                "PIL images or arrays to draw results.")
+        if self.image is None:
+            raise ValueError(f"The image of {self.name or 'this result'} was not kept: only its "
+                             "tensor was given. Predict from files, PIL images or arrays to draw "
+                             "results.")
         return load_image(self.image)
 
     def plot(self, **look: Any) -> Any:
@@ -87,11 +106,31 @@ class Result(Mapping[str, Any]):
 # %% ../nbs/40_results.ipynb #8b4254bf
 @dataclass(eq=False)
 class ClassificationResult(Result):
-    "Classes and their probabilities."
-    probabilities: Tensor                       # (C,) float, 0 to 1
-    multi_label: bool = False                   # several labels an image
-    threshold: float = 0.5                      # above which a label counts, with `multi_label`
-    top_k: int = 5                              # classes in tables and JSON
+    """Classes and their probabilities.
+
+    Parameters
+    ----------
+    probabilities : Tensor
+        (C,) float, 0 to 1.
+    multi_label : bool, default False
+        Several labels per image.
+    threshold : float, default 0.5
+        Above which a label counts, with `multi_label`.
+    top_k : int, default 5
+        Classes in tables and JSON.
+    name : str | None, default None
+        File, URL or row; None where it had none.
+    size : tuple[int, int] | None, default None
+        Height and width of the original image, pixels.
+    class_names : Sequence[str] | None, default None
+        Names by class id; None for the ids themselves.
+    image : Any, default None
+        Where the image is, for pictures.
+    """
+    probabilities: Tensor
+    multi_label: bool = False
+    threshold: float = 0.5
+    top_k: int = 5
     parts = ("probabilities",)
 
     @property
@@ -113,22 +152,26 @@ class ClassificationResult(Result):
     def labels(self) -> list[str]:
         "The names that count: those above the threshold if multi-label, else the best alone."
         if not self.multi_label: return [self.label]
-        return [self.named(i) for i in (self.probabilities > self.threshold).nonzero()[:, 0].tolist()]
+        return [self.named(i) for i in (self.probabilities
+                                        > self.threshold).nonzero()[:, 0].tolist()]
 
     def top(
         self,
         k: int | None = None,                   # how many; None: `top_k`
     ) -> list[tuple[str, float]]:               # name and probability, best first
         "The best classes."
-        values, ids = self.probabilities.topk(min(self.top_k if k is None else k, len(self.probabilities)))
+        values, ids = self.probabilities.topk(min(self.top_k if k is None else k,
+                                                  len(self.probabilities)))
         return [(self.named(i), p) for p, i in zip(values.tolist(), ids.tolist())]
 
     def _said(self) -> dict[str, Any]:
         best = [{"label": n, "score": p} for n, p in self.top()]
-        return {"labels": self.labels, "top": best} if self.multi_label else {"label": self.label, "score": self.score, "top": best}
+        return ({"labels": self.labels, "top": best} if self.multi_label
+                else {"label": self.label, "score": self.score, "top": best})
 
     def rows(self) -> list[dict[str, Any]]:
-        "One row: the label and its score, then the next best; of several labels, those that count and each one's probability."
+        """One row: the label and its score, then the next best; of several labels, those that count
+        and each one's probability."""
         row: dict[str, Any] = {"name": self.name}
         if self.multi_label:
             row |= {"labels": ";".join(self.labels)}
@@ -137,23 +180,46 @@ class ClassificationResult(Result):
                 # A label may be called like another column, or like another label.
                 row[f"{name} ({i})" if name in row or name == "error" else name] = p
             return [row]
-        for i, (label, score) in enumerate(self.top(), 1): row |= {f"label_{i}" if i > 1 else "label": label, f"score_{i}" if i > 1 else "score": score}
+        for i, (label, score) in enumerate(self.top(), 1):
+            row |= {f"label_{i}" if i > 1 else "label": label,
+                    f"score_{i}" if i > 1 else "score": score}
         return [row]
 
     @classmethod
     def draw(cls, results: Sequence["ClassificationResult"], **look: Any) -> Any:
         "Images with their labels."
-        titles = [", ".join(o.labels) or "none" if o.multi_label else f"{o.label} {o.score:.0%}" for o in results]
+        titles = [", ".join(o.labels) or "none" if o.multi_label else f"{o.label} {o.score:.0%}"
+                  for o in results]
         return show_images([o.picture() for o in results], titles, **look)
 
 # %% ../nbs/40_results.ipynb #9e7d0697
 @dataclass(eq=False)
 class DetectionResult(Result):
-    "Boxes with classes, scores and, from an instance segmentor, masks."
-    boxes: Tensor                               # (K, 4) xyxy, pixels of the original image
-    scores: Tensor                              # (K,) descending, 0 to 1
-    labels: Tensor                              # (K,) class ids
-    masks: Tensor | None = None                 # (K, height, width) bool
+    """Boxes with classes, scores and, from an instance segmentor, masks.
+
+    Parameters
+    ----------
+    boxes : Tensor
+        (K, 4) xyxy, pixels of the original image.
+    scores : Tensor
+        (K,) descending, 0 to 1.
+    labels : Tensor
+        (K,) class ids.
+    masks : Tensor | None, default None
+        (K, height, width) bool.
+    name : str | None, default None
+        File, URL or row; None where it had none.
+    size : tuple[int, int] | None, default None
+        Height and width of the original image, pixels.
+    class_names : Sequence[str] | None, default None
+        Names by class id; None for the ids themselves.
+    image : Any, default None
+        Where the image is, for pictures.
+    """
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
     parts = ("boxes", "scores", "labels", "masks")
 
     @property
@@ -170,23 +236,30 @@ class DetectionResult(Result):
         return dataclasses.replace(self, **{k: v[kept] for k, v in self.items()})
 
     def _said(self) -> dict[str, Any]:
-        found = [{"label": n, "score": s, "box": b} for n, s, b in zip(self.names, self.scores.tolist(), self.boxes.tolist())]
+        found = [{"label": n, "score": s, "box": b} for n, s,
+                 b in zip(self.names, self.scores.tolist(), self.boxes.tolist())]
         if self.masks is not None:
             for o, mask in zip(found, self.masks): o["mask"] = rle_encode(mask.cpu().numpy())
         return {"objects": found}
 
     def rows(self) -> list[dict[str, Any]]:
         "A row an object; one with nothing but the name where there is none."
-        if not len(self.labels): return [{"name": self.name, "label": None, "score": None, "x0": None, "y0": None, "x1": None, "y1": None}]
-        return [{"name": self.name, "label": n, "score": s, **dict(zip(("x0", "y0", "x1", "y1"), b))}
+        if not len(self.labels):
+            return [{"name": self.name, "label": None, "score": None, "x0": None, "y0": None,
+                     "x1": None, "y1": None}]
+        return [{"name": self.name, "label": n, "score": s,
+                 **dict(zip(("x0", "y0", "x1", "y1"), b))}
                 for n, s, b in zip(self.names, self.scores.tolist(), self.boxes.tolist())]
 
     def regions(self) -> list[dict[str, Any]]:
         "What COCO says of each object."
         found = []
         for i, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
-            o = dict(category_id=int(self.labels[i]), bbox=[x0, y0, x1 - x0, y1 - y0], area=(x1 - x0) * (y1 - y0), score=float(self.scores[i]))
-            if self.masks is not None: o |= dict(segmentation=rle_encode(self.masks[i].cpu().numpy()), area=int(self.masks[i].sum()))
+            o = dict(category_id=int(self.labels[i]), bbox=[x0, y0, x1 - x0, y1 - y0],
+                     area=(x1 - x0) * (y1 - y0), score=float(self.scores[i]))
+            if self.masks is not None:
+                o |= dict(segmentation=rle_encode(self.masks[i].cpu().numpy()),
+                          area=int(self.masks[i].sum()))
             found.append(o)
         return found
 
@@ -195,13 +268,28 @@ class DetectionResult(Result):
         "Images with the objects surer than `min_score`."
         sure, names = [o.above(min_score) for o in results], results[0].class_names
         masks = [o.masks for o in sure] if sure[0].masks is not None else None
-        return show_boxes([o.picture() for o in sure], [o.boxes for o in sure], [o.labels for o in sure], names, [o.scores for o in sure], masks, **look)
+        return show_boxes([o.picture() for o in sure], [o.boxes for o in sure],
+                          [o.labels for o in sure], names, [o.scores for o in sure], masks, **look)
 
 # %% ../nbs/40_results.ipynb #1f7dc347
 @dataclass(eq=False)
 class SegmentationResult(Result):
-    "The class of every pixel."
-    mask: Tensor                                # (height, width) int64, class ids
+    """The class of every pixel.
+
+    Parameters
+    ----------
+    mask : Tensor
+        (height, width) int64, class ids.
+    name : str | None, default None
+        File, URL or row; None where it had none.
+    size : tuple[int, int] | None, default None
+        Height and width of the original image, pixels.
+    class_names : Sequence[str] | None, default None
+        Names by class id; None for the ids themselves.
+    image : Any, default None
+        Where the image is, for pictures.
+    """
+    mask: Tensor
     parts = ("mask",)
 
     @property
@@ -209,11 +297,13 @@ class SegmentationResult(Result):
         "Share of the pixels by class, those of none left out, largest first."
         ids, counts = self.mask.unique(return_counts=True)
         found: dict[str, float] = {}
-        for i, count in zip(ids.tolist(), counts.tolist()): found[self.named(i)] = found.get(self.named(i), 0) + count / self.mask.numel()
+        for i, count in zip(ids.tolist(), counts.tolist()):
+            found[self.named(i)] = found.get(self.named(i), 0) + count / self.mask.numel()
         return dict(sorted(found.items(), key=lambda o: -o[1]))
 
     def _said(self) -> dict[str, Any]:
-        found = [{"label": self.named(o["category_id"]), "share": o["area"] / self.mask.numel(), "mask": o["segmentation"]} for o in self.regions()]
+        found = [{"label": self.named(o["category_id"]), "share": o["area"] / self.mask.numel(),
+                  "mask": o["segmentation"]} for o in self.regions()]
         return {"classes": found}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -227,7 +317,9 @@ class SegmentationResult(Result):
             where = (self.mask == i).cpu()
             rows, columns = where.any(1).nonzero()[:, 0], where.any(0).nonzero()[:, 0]
             x, y = int(columns[0]), int(rows[0])
-            found.append(dict(category_id=int(i), bbox=[x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y], area=int(where.sum()),
+            found.append(dict(category_id=int(i),
+                              bbox=[x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+                              area=int(where.sum()),
                               segmentation=rle_encode(where.numpy())))
         return found
 
@@ -235,40 +327,56 @@ class SegmentationResult(Result):
         self,
         path: str | os.PathLike[str],           # file
     ) -> Path:                                  # the file
-        "Write the class ids as a PNG of the original size: its pixels are the ids, its palette shows them as colours (16 bits without one from 257 classes on)."
+        """Write the class ids as a PNG of the original size: its pixels are the ids, its palette
+        shows them as colours (16 bits without one from 257 classes on)."""
         ids, path = self.mask.cpu().numpy(), Path(path)
-        if ids.size and not 0 <= ids.min() <= ids.max() < 2**16: raise ValueError(f"A PNG holds class ids from 0 to 65535, got {ids.min()} to {ids.max()}.")
-        picture = PIL.Image.fromarray(ids.astype(np.uint8 if ids.max(initial=0) < 256 else np.uint16))
-        if picture.mode == "L": picture.putpalette((class_colors(256) * 255).round().astype(np.uint8).tobytes())
+        if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
+            raise ValueError(f"A PNG holds class ids from 0 to 65535, got {ids.min()} to "
+                             f"{ids.max()}.")
+        picture = PIL.Image.fromarray(ids.astype(np.uint8 if ids.max(initial=0) < 256
+                                                 else np.uint16))
+        if picture.mode == "L":
+            picture.putpalette((class_colors(256) * 255).round().astype(np.uint8).tobytes())
         with atomic_path(path) as p: picture.save(p, format="png", optimize=True)
         return path
 
     @classmethod
     def draw(cls, results: Sequence["SegmentationResult"], **look: Any) -> Any:
         "Images under their masks."
-        return show_masks([o.picture() for o in results], [o.mask for o in results], results[0].class_names, **look)
+        return show_masks([o.picture() for o in results], [o.mask for o in results],
+                          results[0].class_names, **look)
 
 # %% ../nbs/40_results.ipynb #bfa1ca22
 def _ids_of(like: Any) -> tuple[list[tuple[PurePath, int]], dict[str, int]]:
     "Images with their ids, and ids of categories by name, in a COCO file."
-    known = json.loads(Path(like).read_text(encoding="utf-8")) if isinstance(like, (str, os.PathLike)) else like
+    known = (json.loads(Path(like).read_text(encoding="utf-8"))
+             if isinstance(like, (str, os.PathLike)) else like)
     if not isinstance(known, Mapping) or not {"images", "categories"} <= set(known):
-        raise ValueError(f"like must be a COCO annotation file with 'images' and 'categories', got {like!r:.80}.")
-    return [(PurePath(o["file_name"]), o["id"]) for o in known["images"]], {str(o["name"]): o["id"] for o in known["categories"]}
+        raise ValueError(f"like must be a COCO annotation file with 'images' and 'categories', got "
+                         f"{like!r:.80}.")
+    return [(PurePath(o["file_name"]), o["id"])
+            for o in known["images"]], {str(o["name"]): o["id"] for o in known["categories"]}
 
 def _id(table: Mapping[str, int], name: str, what: str) -> int:
     "The id of a name in the file that `like` names."
-    if name not in table: raise ValueError(f"{what} {name!r} is not in the annotation file that like= names; it has {', '.join(list(table)[:5])} ...")
+    if name not in table:
+        raise ValueError(f"{what} {name!r} is not in the annotation file that like= names; it has "
+                         f"{', '.join(list(table)[:5])} ...")
     return table[name]
 
 def _find_image(images: Mapping[str, Sequence[tuple[PurePath, int]]], name: str) -> tuple[str, int]:
-    "File name and id, in the file that `like` names, of the image at a path: folders decide where the name alone does not."
+    """File name and id, in the file that `like` names, of the image at a path: folders decide where
+    the name alone does not."""
     path = PurePath(name)
     found = images.get(path.name, [])
-    if not found: raise ValueError(f"Image {path.name!r} is not in the annotation file that like= names; it has {', '.join(list(images)[:5])} ...")
-    if len(found) > 1: found = [o for o in found if path.parts[-len(o[0].parts):] == o[0].parts] or found
+    if not found:
+        raise ValueError(f"Image {path.name!r} is not in the annotation file that like= names; it "
+                         f"has {', '.join(list(images)[:5])} ...")
+    if len(found) > 1:
+        found = [o for o in found if path.parts[-len(o[0].parts):] == o[0].parts] or found
     if len({i for _, i in found}) > 1:
-        raise ValueError(f"{name!r} may be any of {', '.join(str(o) for o, _ in found[:5])} in the file that like= names. Predict from paths that end like these.")
+        raise ValueError(f"{name!r} may be any of {', '.join(str(o) for o, _ in found[:5])} in the "
+                         "file that like= names. Predict from paths that end like these.")
     return str(found[0][0]), found[0][1]
 
 def _file_names(results: Sequence[Result]) -> list[str]:
@@ -279,7 +387,7 @@ def _file_names(results: Sequence[Result]) -> list[str]:
 
 def coco_dataset(
     results: Sequence[Result],                          # of a detector or segmentor
-    like: Any = None,                                   # COCO file (or its dict) whose ids are taken; None: 1, 2, ...
+    like: Any = None,  # COCO file (or its dict) whose ids are taken; None: 1, 2, ...
 ) -> dict[str, Any]:                                    # images, categories and annotations
     "What was found as a COCO data set. Raises `TypeError` for results that have no regions."
     known = [o.regions() for o in results]
@@ -287,34 +395,46 @@ def coco_dataset(
     images: dict[str, list[tuple[PurePath, int]]] = {}
     for file, image_id in listed: images.setdefault(file.name, []).append((file, image_id))
     names = list(next((o.class_names for o in results if o.class_names is not None), []))
-    names = names or [str(i) for i in range(1 + max((r["category_id"] for o in known for r in o), default=-1))]
-    numbers = [_id(categories, n, "Class") if like is not None else i + 1 for i, n in enumerate(map(str, names))]
-    found: dict[str, Any] = {"images": [], "categories": [dict(id=i, name=n) for i, n in zip(numbers, names)], "annotations": []}
+    names = (names or [str(i) for i in range(1 + max((r["category_id"] for o in known for r in o),
+                                                     default=-1))])
+    numbers = [_id(categories, n, "Class") if like is not None else i + 1
+               for i, n in enumerate(map(str, names))]
+    found: dict[str, Any] = {"images": [], "categories": [dict(id=i, name=n)
+                                                          for i, n in zip(numbers, names)],
+                             "annotations": []}
     for i, (o, name) in enumerate(zip(results, _file_names(results))):
-        file_name, image_id = _find_image(images, o.name or name) if like is not None else (name, i + 1)
+        file_name, image_id = _find_image(images,
+                                          o.name or name) if like is not None else (name, i + 1)
         height, width = o.size or (None, None)
         found["images"].append(dict(id=image_id, file_name=file_name, height=height, width=width))
         for region in known[i]:
-            found["annotations"].append({"score": 1.0, **region, "id": len(found["annotations"]) + 1, "image_id": image_id, "iscrowd": 0,
+            found["annotations"].append({"score": 1.0, **region, "id": len(found["annotations"])
+                                         + 1, "image_id": image_id, "iscrowd": 0,
                                          "category_id": numbers[region["category_id"]]})
     return found
 
 # %% ../nbs/40_results.ipynb #3b09cbeb
 class Results(Sequence[Any]):
-    "The results of several images, in their order, and the images that could not be read."
-    def __init__(
-        self,
-        results: Sequence[Result],                      # one an image
-        bad: Mapping[str, str] | None = None,           # image that could not be read -> why
-    ) -> None:
+    """The results of several images, in their order, and the images that could not be read.
+
+    Parameters
+    ----------
+    results : Sequence[Result]
+        One an image.
+    bad : Mapping[str, str] | None, default None
+        Image that could not be read -> why.
+    """
+    def __init__(self, results: Sequence[Result], bad: Mapping[str, str] | None = None) -> None:
         self.results, self.bad = list(results), dict(bad or {})
 
     def __len__(self) -> int: return len(self.results)
-    def __getitem__(self, i: Any) -> Any: return Results(self.results[i], self.bad) if isinstance(i, slice) else self.results[i]
+    def __getitem__(self, i: Any) -> Any:
+        return Results(self.results[i], self.bad) if isinstance(i, slice) else self.results[i]
 
     def rows(self) -> list[dict[str, Any]]:
         "Rows of all images, then one with an `error` for each that could not be read."
-        return [row for o in self.results for row in o.rows()] + [{"name": name, "error": why} for name, why in self.bad.items()]
+        return [row for o in self.results for row in o.rows()] + [{"name": name, "error": why}
+                                                                  for name, why in self.bad.items()]
 
     def columns(self) -> list[str]:
         "The columns of `rows`, in order."
@@ -322,7 +442,8 @@ class Results(Sequence[Any]):
 
     def to_df(self) -> Any:                             # pandas.DataFrame
         "A data frame of `rows`."
-        return require("pandas", why="to_df()").DataFrame(self.rows(), columns=self.columns() or None)
+        return require("pandas", why="to_df()").DataFrame(self.rows(),
+                                                          columns=self.columns() or None)
 
     def to_csv(
         self,
@@ -342,14 +463,16 @@ class Results(Sequence[Any]):
         path: str | os.PathLike[str] | None = None,     # file; None: only the text
         indent: int | None = None,                      # None: one line
     ) -> str:                                           # the text
-        "All that was found as JSON: a list of `to_dict()` under 'results', and 'bad'. A number that is not finite becomes null."
+        """All that was found as JSON: a list of `to_dict()` under 'results', and 'bad'. A number
+        that is not finite becomes null."""
         found: Any = {"results": [o.to_dict() for o in self.results], "bad": self.bad}
-        return _written(json.dumps(_finite(found), indent=indent, ensure_ascii=False, allow_nan=False), path)
+        return _written(json.dumps(_finite(found), indent=indent, ensure_ascii=False,
+                                   allow_nan=False), path)
 
     def to_coco(
         self,
         path: str | os.PathLike[str] | None = None,     # file; None: none is written
-        like: Any = None,                               # COCO file (or its dict) whose ids of images and categories are taken
+        like: Any = None,  # COCO file (or its dict) whose ids of images and categories are taken
     ) -> dict[str, Any]:                                # images, categories, annotations
         "Boxes and masks as a COCO data set, each annotation with its score."
         found = coco_dataset(self.results, like)
@@ -358,33 +481,40 @@ class Results(Sequence[Any]):
 
     def to_png(
         self,
-        folder: str | os.PathLike[str],                 # made if it is not there; files in it that have these names are written over
+        # made if it is not there; files in it that have these names are written over
+        folder: str | os.PathLike[str],
     ) -> list[Path]:                                    # one file an image, in their order
-        "The masks of a segmentor as PNG files of class ids, called like the images; with their number before it where two are called alike."
+        """The masks of a segmentor as PNG files of class ids, called like the images; with their
+        number before it where two are called alike."""
         names = [PurePath(o).stem for o in _file_names(self.results)]
-        if len({o.casefold() for o in names}) < len(names): names = [f"{i:0{len(str(len(names)))}d}_{o}" for i, o in enumerate(names)]
+        if len({o.casefold() for o in names}) < len(names):
+            names = [f"{i:0{len(str(len(names)))}d}_{o}" for i, o in enumerate(names)]
         return [o.to_png(Path(folder) / f"{name}.png") for o, name in zip(self.results, names)]
 
     def plot(
         self,
         max_images: int = 16,                           # at most so many
-        **look: Any,                                    # `min_score` of objects; further arguments of `show_images`
+        **look: Any,  # `min_score` of objects; further arguments of `show_images`
     ) -> Any:                                           # matplotlib Figure
         "The images with what was found in each."
-        if not self.results: raise ValueError(f"There is no result to draw; {len(self.bad)} images could not be read.")
+        if not self.results:
+            raise ValueError(f"There is no result to draw; {len(self.bad)} images could not be "
+                             "read.")
         return type(self.results[0]).draw(self.results[:max_images], max_images=max_images, **look)
 
     def __repr__(self) -> str:
         rows = self.rows()
         more = f"\n... {len(rows) - 10} more rows" if len(rows) > 10 else ""
-        head = f"{len(self.results)} images" + (f", {len(self.bad)} that could not be read" if self.bad else "")
+        head = f"{len(self.results)} images" + (f", {len(self.bad)} that could not be read"
+                                                if self.bad else "")
         return str(self._table(rows, head)) + more
 
     def _table(self, rows: list[dict[str, Any]], title: str) -> Table:
         columns = self.columns()[:9]
         return Table([[row.get(k) for k in columns] for row in rows[:10]], columns, title)
 
-    def _repr_html_(self) -> str: return self._table(self.rows(), repr(self).split("\n", 1)[0])._repr_html_()
+    def _repr_html_(self) -> str:
+        return self._table(self.rows(), repr(self).split("\n", 1)[0])._repr_html_()
 
 def _finite(o: Any) -> Any:
     "Plain values with None for numbers that JSON does not know."
@@ -395,5 +525,6 @@ def _finite(o: Any) -> Any:
 def _written(text: str, path: str | os.PathLike[str] | None) -> str:
     "The text, after it was written to a file if one is named."
     if path is not None:
-        with atomic_path(path) as p: p.write_bytes(text.encode("utf-8", "backslashreplace"))  # names need not be UTF-8
+        # Names need not be UTF-8
+        with atomic_path(path) as p: p.write_bytes(text.encode("utf-8", "backslashreplace"))
     return text

@@ -37,7 +37,7 @@ from .checkpoints import LAST_NAME, AtomicCheckpointIO, LastCheckpoint, find_fol
 from .data.loading import (ResumableLoader, accelerator_states, random_states, raw_random_states,
                                    set_loader_states, set_random_states)
 from .lightning_parts import add_epoch_sums, count_exactly, count_logged_steps, end_restart, epoch_sums, set_up_training_data_again, show_metrics
-from .metrics import gather_processes
+from .metrics.processes import gather_processes
 
 # %% ../nbs/73_resuming.ipynb #311dc85c
 BATCH, EPOCH, VALIDATION, STOPPED = "between batches", "between epochs", "before validation", "inside an epoch"

@@ -46,7 +46,7 @@ from .data.datamodule import (DetectionDataModule, ImageDataModule, InstanceSegm
                                       SegmentationDataModule)
 from .data.readers import BadImageError, find_split_folders
 from .hub import save_pretrained
-from .metrics import default_metrics
+from .metrics.config import default_metrics
 from .report import write_report
 from .tasks.base import DenseTask, VisionTask
 from .tasks.classification import ImageClassifier

@@ -18,8 +18,9 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align
 
 from ..core import inherit_signature
-from ..heads import FPN, MaskHead
-from ..losses import FCOSLoss, MaskLoss
+from ..heads.output import MaskHead
+from ..heads.pyramid import FPN
+from ..losses.detection import FCOSLoss, MaskLoss
 from ..prediction import MAX_PIXELS
 from .base import refuse_note
 from .detection import FCOS, DetectionTask, Outputs, pick_strides

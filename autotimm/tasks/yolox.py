@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from ..core import inherit_signature, lookup
 from ..data.datamodule import count_epochs
 from ..lightning_parts import trainer_of
-from ..heads import Pyramid
-from ..losses import YOLOXLoss
+from ..heads.pyramid import Pyramid
+from ..losses.detection import YOLOXLoss
 from .base import WeightAverage
 from .detection import DetectionTask, Outputs, YOLOXPredictor
-from ..yolox import YOLOX_MODELS, CSPDarknet, build_yolox, load_official_yolox
+from ..yolox.network import build_yolox, CSPDarknet, YOLOX_MODELS
+from ..yolox.official import load_official_yolox
 
 # %% ../../nbs/67_tasks_yolox.ipynb #828127e1
 class DarknetBackbone(nn.Module):

@@ -1,0 +1,4 @@
+"""Optimisers and learning-rate schedulers by name."""
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -28,12 +28,12 @@ from .backbones.backbone import (
     get_feature_info as get_feature_info,
     get_feature_strides as get_feature_strides,
     list_backbones as list_backbones,
-    list_hf_hub_backbones as list_hf_hub_backbones,
 )
 from .backbones.config import (
     BackboneConfig as BackboneConfig,
     FeatureBackboneConfig as FeatureBackboneConfig,
 )
+from .backbones.fetch import list_hf_hub_backbones as list_hf_hub_backbones
 from .backbones.sources import (
     HubError as HubError,
     ModelSource as ModelSource,

@@ -7,12 +7,12 @@ from .backbone import (
     get_feature_info as get_feature_info,
     get_feature_strides as get_feature_strides,
     list_backbones as list_backbones,
-    list_hf_hub_backbones as list_hf_hub_backbones,
 )
 from .config import (
     BackboneConfig as BackboneConfig,
     FeatureBackboneConfig as FeatureBackboneConfig,
 )
+from .fetch import list_hf_hub_backbones as list_hf_hub_backbones
 from .sources import (
     HubAccessError as HubAccessError,
     HubCorruptError as HubCorruptError,

@@ -38,12 +38,13 @@ from torch import Tensor, nn
 from .backbones.backbone import Backbone, FeatureBackbone, build_from_folder
 from .backbones.config import BackboneConfig
 from .backbones.dryrun import eval_mode
-from .backbones.sources import (HTTP_ERROR, SAVED_FILES, HubAccessError, HubCorruptError,
-                                        HubError, HubHiddenError, HubNotFoundError, HubOfflineError,
-                                        ModelFiles, ModelReference, ModelSource, call_within,
-                                        check_replaceable, check_weight_file, choose_weight_file,
-                                        fetch_model, list_shards, locate_model, read_autotimm_block,
-                                        read_json, to_hub_error, write_json, write_weights)
+from .backbones.fetch import HTTP_ERROR, call_within, fetch_model, to_hub_error
+from .backbones.files import (SAVED_FILES, ModelFiles, check_replaceable, check_weight_file,
+                                      choose_weight_file, list_shards, read_autotimm_block,
+                                      read_json, write_json, write_weights)
+from .backbones.sources import (HubAccessError, HubCorruptError, HubError, HubHiddenError,
+                                        HubNotFoundError, HubOfflineError, ModelReference,
+                                        ModelSource, locate_model)
 from .backbones.timm import timm_settings
 from .backbones.transformers import (make_processor_config, quiet_transformers,
                                              without_conversion)

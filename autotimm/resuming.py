@@ -34,8 +34,8 @@ from torchmetrics import Metric
 
 from .callbacks import LenientCheckpoint, missing_metrics, watched_metrics
 from .checkpoints import LAST_NAME, AtomicCheckpointIO, LastCheckpoint, find_folders, hide_folders
-from .data.loading import (ResumableLoader, accelerator_states, random_states, raw_random_states,
-                                   set_loader_states, set_random_states)
+from .data.loading import ResumableLoader, set_loader_states
+from .seeding import accelerator_states, random_states, raw_random_states, set_random_states
 from .lightning_parts import add_epoch_sums, count_exactly, count_logged_steps, end_restart, epoch_sums, set_up_training_data_again, show_metrics
 from .metrics.processes import gather_processes
 

@@ -36,7 +36,8 @@ from .callbacks import JsonProgressCallback, back_to_start, remember_start
 from .checkpoints import (LAST_NAME, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_last, find_unfinished,
                                   new_run_folder, read_run)
 from .core import deterministic_algorithms, in_notebook, inherit_signature, is_rank_zero, near_matches, quiet, require, say, seed_everything, show
-from .data.loading import deal, resumable, seed_of_random_state
+from .data.loading import deal, resumable
+from .seeding import seed_of_random_state
 from .lightning_parts import change_loaders, let_lightning_deal
 from .loggers import LoggerConfig, LoggerManager, continue_logger, logger_identity, logger_state, restart_logger
 from .metrics.processes import gather_processes

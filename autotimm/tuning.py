@@ -39,7 +39,8 @@ from pytorch_lightning.utilities.memory import is_oom_error
 from torch.utils.data import BatchSampler, IterableDataset as _IterableDataset
 from torchmetrics import Metric
 
-from .data.loading import EpochBatches, loader_states, random_states, set_loader_states, set_random_states
+from .data.loading import EpochBatches, loader_states, set_loader_states
+from .seeding import random_states, set_random_states
 from .lightning_parts import change_loaders
 from .core import has_module, not_found, quiet
 

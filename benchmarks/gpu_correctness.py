@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from autotimm import (AutoTrainer, BackboneConfig, DetectionDataModule, FeatureBackboneConfig, ImageClassifier, ImageDataModule,
                       InstanceSegmentationDataModule, InstanceSegmentor, MultiLabelImageDataModule, ObjectDetector,
                       SegmentationDataModule, SemanticSegmentor, YOLOXDetector)
-from autotimm.data.loading import random_states, set_random_states
+from autotimm.seeding import random_states, set_random_states
 from autotimm.testing import write_coco, write_folders, write_masks, write_multilabel_csv
 
 HERE = Path(__file__).resolve().parent

@@ -135,7 +135,7 @@ from .results import (
     Results as Results,
     SegmentationResult as SegmentationResult,
 )
-from .serve import create_app as create_app
+from .serve.app import create_app as create_app
 from .tasks.base import VisionTask as VisionTask
 from .tasks.classification import ImageClassifier as ImageClassifier
 from .tasks.detection import ObjectDetector as ObjectDetector

@@ -274,7 +274,7 @@ def do_backbones(args: argparse.Namespace) -> None:
 
 def do_serve(args: argparse.Namespace) -> None:
     "Serve a model until Ctrl-C."
-    from autotimm.serve import serve
+    from autotimm.serve.app import serve
     serve(on_best_device(load_model(args.model)), host=args.host, port=args.port, **_given(args, title="title"))
 
 def do_demo(args: argparse.Namespace) -> None:

@@ -262,9 +262,9 @@ def test_backbones(capsys):
 
 
 def test_serve_hands_the_model_on(run, here, monkeypatch):
-    import autotimm.serve
+    import autotimm.serve.app
     calls = []
-    monkeypatch.setattr(autotimm.serve, "serve", lambda model, **how: calls.append((model.class_names, how)))
+    monkeypatch.setattr(autotimm.serve.app, "serve", lambda model, **how: calls.append((model.class_names, how)))
     assert main(["serve", str(run), "--port", "0"]) == 0
     assert calls == [(["circle", "square", "triangle"], {"host": "127.0.0.1", "port": 0})]
 

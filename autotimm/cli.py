@@ -142,7 +142,7 @@ def load_checkpoint(
 ) -> Any:                     # the model, in eval mode
     "The model in a checkpoint, whichever task's it is. Raises `ValueError` for another library's."
     from autotimm.hub import task_from_hparams
-    from autotimm.training_cli import read_hparams
+    from autotimm.training_cli.config import read_hparams
     task: Any = task_from_hparams(read_hparams(path), path)
     return task.load_from_checkpoint(path, map_location="cpu")
 
@@ -226,7 +226,7 @@ def do_convert(args: argparse.Namespace) -> None:
     if args.target.endswith(".ckpt"):
         print(folder_to_checkpoint(model_folder(args.source), args.target))
         return
-    from autotimm.training_cli import read_hparams
+    from autotimm.training_cli.config import read_hparams
     read_hparams(args.source)
     print(convert_checkpoint(args.source, args.target))
 
@@ -284,7 +284,7 @@ def do_demo(args: argparse.Namespace) -> None:
 
 def do_training(verb: str, args: Sequence[str]) -> None:
     "Run a verb that trains or evaluates on the training data module."
-    from autotimm.training_cli import run_evaluation, run_fit
+    from autotimm.training_cli.run import run_evaluation, run_fit
     if verb == "fit": run_fit(args)
     else: run_evaluation(verb, args)
 

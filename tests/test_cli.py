@@ -98,7 +98,7 @@ def test_a_run_is_not_written_over(run, here, capsys):
     before = {o: o.stat().st_mtime_ns for o in run.rglob("*")}
     assert main(["fit", "--data", "photos", "--out", "runs/first", *SMALL]) == 1
     said = capsys.readouterr().err
-    assert "not written over" in said and "--resume runs/first" in said and "Traceback" not in said
+    assert "not overwritten" in said and "--resume runs/first" in said and "Traceback" not in said
     assert {o: o.stat().st_mtime_ns for o in run.rglob("*")} == before
 
 
@@ -124,7 +124,7 @@ def test_validate_and_test_of_a_run(run, here, capsys):
     assert "Confusion" in Path("test.html").read_text() and "test/accuracy" in capsys.readouterr().out
     assert main(["validate", str(run), "--ckpt", "last", "--json", "val.json"]) == 0
     assert set(json.loads(Path("val.json").read_text())) == {"val/loss", "val/accuracy"}
-    assert main(["test", "photos"]) == 1 and "no run folder" in capsys.readouterr().err
+    assert main(["test", "photos"]) == 1 and "not a run folder" in capsys.readouterr().err
     assert main(["test"]) == 1 and "needs a run folder" in capsys.readouterr().err
 
 
@@ -318,7 +318,7 @@ def test_files_that_are_damaged_are_named(run, here, capsys):
     for name in ("cut.yaml", "binary.yaml"):
         assert main(["fit", "--config", name]) == 1
         said = capsys.readouterr().err.strip()
-        assert f"{name} is no YAML file" in said and len(said.splitlines()) == 1
+        assert f"{name} is not a YAML file" in said and len(said.splitlines()) == 1
 
 
 def test_nothing_predicted_is_a_failure(run, here, capsys):

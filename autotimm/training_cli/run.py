@@ -7,7 +7,7 @@ __all__ = ['interruptible', 'how_to_continue', 'plain_numbers', 'write_history',
            'evaluate', 'write_run', 'option_errors', 'given_folder', 'train', 'run_fit', 'check_names',
            'run_evaluation']
 
-# %% ../../nbs/88_training_cli.ipynb #55777653
+# %% ../../nbs/88_training_cli.ipynb #4a5d64c8
 import argparse
 import contextlib
 import csv
@@ -31,13 +31,13 @@ from ..checkpoints import find_last
 from ..core import atomic_path, is_rank_zero, quiet, say
 from ..data.readers import BadImageError
 from ..hub import save_pretrained
-from ..report import write_report
+from ..report.sections import write_report
 from ..tasks.base import VisionTask
 from .config import RunCLI, check_free, find_checkpoint, read_hparams
 from .options import own_modules, parse_arguments, short_parser
 from ..viz import Table, save_figure
 
-# %% ../../nbs/88_training_cli.ipynb #c0c18aa0
+# %% ../../nbs/88_training_cli.ipynb #a469f118
 def _follows_interrupt(error: BaseException | None) -> bool:
     "Whether an error was raised while Ctrl-C was handled."
     while error is not None and not isinstance(error, KeyboardInterrupt): error = error.__context__
@@ -57,7 +57,7 @@ def interruptible(
     finally:
         if main: signal.signal(signal.SIGINT, handler)
 
-# %% ../../nbs/88_training_cli.ipynb #4860c3bf
+# %% ../../nbs/88_training_cli.ipynb #46fcad7d
 def how_to_continue(
     run: Path,                      # a run folder
 ) -> str:                           # two sentences
@@ -70,7 +70,7 @@ def how_to_continue(
     return (f"Interrupted. All steps so far are kept in {shown}. "
             f"Continue: autotimm fit --resume {run}")
 
-# %% ../../nbs/88_training_cli.ipynb #a05da365
+# %% ../../nbs/88_training_cli.ipynb #081978cf
 def plain_numbers(
     values: Mapping[str, Any],      # metrics
 ) -> dict[str, float | None]:       # None for what is no finite number
@@ -78,7 +78,7 @@ def plain_numbers(
     numbers = {k: float(v) for k, v in values.items()}
     return {k: v if abs(v) < float("inf") else None for k, v in numbers.items()}
 
-# %% ../../nbs/88_training_cli.ipynb #65ee529a
+# %% ../../nbs/88_training_cli.ipynb #7bbea204
 def write_history(
     run: Path,                      # run folder
     history: Sequence[Mapping[str, Any]],  # one dict for each epoch
@@ -95,7 +95,7 @@ def write_history(
         writer.writeheader()
         writer.writerows(records)
 
-# %% ../../nbs/88_training_cli.ipynb #e57c79ce
+# %% ../../nbs/88_training_cli.ipynb #8c1a7eb2
 def data_name(
     data: Any,                      # data module
 ) -> str:                           # '' where it has none
@@ -107,7 +107,7 @@ def data_name(
         return str(given) if named else Path(given).name
     return ""
 
-# %% ../../nbs/88_training_cli.ipynb #7e39060b
+# %% ../../nbs/88_training_cli.ipynb #80a82c6f
 _MODEL_SETTINGS = ("lr", "optimizer", "scheduler", "weight_decay", "freeze_backbone", "ema_decay")
 
 def run_settings(
@@ -129,7 +129,7 @@ def run_settings(
                  "seed": config["seed_everything"], "precision": config["trainer"]["precision"]}
     return {k: v for k, v in settings.items() if v not in (None, False, "")}
 
-# %% ../../nbs/88_training_cli.ipynb #c84140fd
+# %% ../../nbs/88_training_cli.ipynb #236d9cbb
 def best_model(
     cli: RunCLI,                    # of a run that is over
     checkpoint: str,                # its best; '' for the weights as they are
@@ -142,7 +142,7 @@ def best_model(
     cli.model.load_state_dict(content["state_dict"])
     return cli.model.cpu().eval()
 
-# %% ../../nbs/88_training_cli.ipynb #aef4c93e
+# %% ../../nbs/88_training_cli.ipynb #ac3c2bfb
 def _can_evaluate(cli: RunCLI, split: str, step: str) -> bool:
     "Whether model and data have what evaluation on a split needs."
     data = cli.datamodule
@@ -164,7 +164,7 @@ def evaluate(
         for o in results: metrics |= o
     return plain_numbers(metrics)
 
-# %% ../../nbs/88_training_cli.ipynb #a88d666b
+# %% ../../nbs/88_training_cli.ipynb #de81611d
 def write_run(
     run: Path,                      # run folder
     cli: RunCLI,                    # of a run that is over
@@ -198,7 +198,7 @@ def _finish_run(run: Path, cli: RunCLI) -> dict[str, float | None]:
     if is_rank_zero(): write_run(run, cli, checkpoint, metrics)
     return metrics
 
-# %% ../../nbs/88_training_cli.ipynb #ab591945
+# %% ../../nbs/88_training_cli.ipynb #67e04ba7
 @contextlib.contextmanager
 def option_errors(
     data: str,                      # what the data's options begin with
@@ -216,7 +216,7 @@ def option_errors(
         if "--no-pretrained" in str(e): raise
         raise type(e)(f"{e} Or start from random weights: --no-pretrained.") from e
 
-# %% ../../nbs/88_training_cli.ipynb #28758cfa
+# %% ../../nbs/88_training_cli.ipynb #a8777ae3
 _SHARED = "AUTOTIMM_RUN_FOLDER"     # set for the processes that a distributed run starts
 
 def _resume(run: Path, args: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -239,7 +239,7 @@ def given_folder(
     raise ValueError("Processes that another program has started need a common run folder: "
                      "give --out.")
 
-# %% ../../nbs/88_training_cli.ipynb #c4836bae
+# %% ../../nbs/88_training_cli.ipynb #f702ce25
 def _begin(run: Path, cli: RunCLI) -> None:
     "Make the run folder, and write the configuration."
     run.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ def train(
         keep = keep or bool(trainer.global_step or find_last(run / "checkpoints"))
         if is_rank_zero() and not keep: shutil.rmtree(run, ignore_errors=True)
 
-# %% ../../nbs/88_training_cli.ipynb #4fc66dff
+# %% ../../nbs/88_training_cli.ipynb #71a1c52d
 def _print_help(verb: str) -> None:
     "Print the short options, then every option."
     print(short_parser(verb).format_help() + "\nEvery option\n============")
@@ -298,7 +298,7 @@ def run_fit(
     assert cli.run_folder is not None
     return cli.run_folder
 
-# %% ../../nbs/88_training_cli.ipynb #9e75ecfc
+# %% ../../nbs/88_training_cli.ipynb #f87100ee
 def check_names(
     checkpoint: Path,               # of a model
     data: Any,                      # data module that it is to be measured on
@@ -311,7 +311,7 @@ def check_names(
     raise ValueError(f"The model was trained on {len(trained)} classes ({some[0]}), the data have "
                      f"{len(found)} ({some[1]}). They must be the same, in the same order.")
 
-# %% ../../nbs/88_training_cli.ipynb #fafd696b
+# %% ../../nbs/88_training_cli.ipynb #6fec5188
 def _write_evaluation(cli: RunCLI, checkpoint: Path, metrics: dict[str, float | None]) -> None:
     "Write what was asked for: metrics as JSON, a report page."
     short = cli.arguments.short

@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['LAST_NAME', 'write_whole', 'named_errors', 'copied', 'AtomicCheckpointIO', 'new_run_folder', 'find_last', 'read_run',
            'find_unfinished', 'find_resumed', 'fit_folder', 'BestCheckpoint', 'LastCheckpoint', 'best_of',
-           'hide_folders', 'find_folders']
+           'CheckpointClock', 'hide_folders', 'find_folders']
 
-# %% ../nbs/72_checkpoints.ipynb #26f9cc93
+# %% ../nbs/72_checkpoints.ipynb #9a947678
 import contextlib
 import copy
+import math
 import os
 import pickle
 import re
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -26,8 +29,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from .callbacks import infer_mode
 from .core import DAMAGED, UNREACHABLE, is_rank_zero, say
+from .metrics import gather_processes
 
-# %% ../nbs/72_checkpoints.ipynb #6820d004
+# %% ../nbs/72_checkpoints.ipynb #cd3bcb20
 def _write_beside(checkpoint: dict[str, Any], path: Path, partial: Path) -> None:
     "Write a file under another name in the same folder, and rename it."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ def write_whole(
     finally:
         with contextlib.suppress(OSError): partial.unlink(missing_ok=True)
 
-# %% ../nbs/72_checkpoints.ipynb #cbf200b6
+# %% ../nbs/72_checkpoints.ipynb #359e41be
 @contextlib.contextmanager
 def named_errors(
     path: Any,                                # a checkpoint that is read
@@ -75,7 +79,7 @@ def named_errors(
             f"{name} is cut off, or no checkpoint: it cannot be read. Give another file, e.g. one "
             "that lies beside it, or leave out ckpt_path.") from e
 
-# %% ../nbs/72_checkpoints.ipynb #96207ab7
+# %% ../nbs/72_checkpoints.ipynb #438447b0
 def _copied_tensor(value: torch.Tensor, storages: dict[tuple[Any, int], Any]) -> torch.Tensor:
     "A tensor on the CPU; its memory is copied once for all that share it."
     plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
@@ -101,7 +105,7 @@ def copied(
     "A copy on the CPU that later steps do not change; tensors that share their memory still do."
     return _copied(value, {})
 
-# %% ../nbs/72_checkpoints.ipynb #5659e22a
+# %% ../nbs/72_checkpoints.ipynb #85d8f691
 class AtomicCheckpointIO(TorchCheckpointIO):
     "Writes local checkpoints in one step: at any moment there is the old file or the new one."
     def __init__(self) -> None:
@@ -145,7 +149,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._written = self._thread.submit(write_whole, copied(checkpoint), Path(path))
         else: write_whole(checkpoint, Path(path))
 
-# %% ../nbs/72_checkpoints.ipynb #1aacc538
+# %% ../nbs/72_checkpoints.ipynb #50188694
 LAST_NAME = "last.ckpt"
 
 def new_run_folder(
@@ -160,7 +164,7 @@ def new_run_folder(
         except FileExistsError: number += 1
         else: return root / f"version_{number}"
 
-# %% ../nbs/72_checkpoints.ipynb #cd802aae
+# %% ../nbs/72_checkpoints.ipynb #991acb32
 def find_last(
     root: Path,                               # folder of all runs
     others: Iterable[str] = (),               # further candidates, e.g. those of a ModelCheckpoint
@@ -170,7 +174,7 @@ def find_last(
     found = [*root.glob(f"version_*/{LAST_NAME}"), *further]
     return max(found, key=lambda o: o.stat().st_mtime_ns, default=None)
 
-# %% ../nbs/72_checkpoints.ipynb #dcc7fad8
+# %% ../nbs/72_checkpoints.ipynb #7b918b6a
 def read_run(
     path: Path | str,                         # a checkpoint
     weights_only: bool | None = None,         # False: also what only pickle can read
@@ -182,7 +186,7 @@ def read_run(
         saved = torch.load(path, map_location="cpu", weights_only=safe, mmap=is_zipfile(path))
     return saved.get("autotimm", {})
 
-# %% ../nbs/72_checkpoints.ipynb #525bca09
+# %% ../nbs/72_checkpoints.ipynb #8d7906a5
 def find_unfinished(
     root: Path,                               # folder of all runs
     weights_only: bool | None = None,         # False: also what only pickle can read
@@ -192,7 +196,7 @@ def find_unfinished(
     paths.sort(key=lambda o: o.stat().st_mtime_ns, reverse=True)
     return next((o for o in paths if not read_run(o, weights_only).get("finished", True)), None)
 
-# %% ../nbs/72_checkpoints.ipynb #6a13af84
+# %% ../nbs/72_checkpoints.ipynb #fe87462e
 def _last_of(callbacks: Iterable[Callback]) -> list[str]:
     "The files that ModelCheckpoints keep as their last."
     own = [o for o in callbacks if isinstance(o, ModelCheckpoint) and o.dirpath is not None]
@@ -230,7 +234,7 @@ def find_resumed(
     raise FileNotFoundError("ckpt_path='best': this trainer has not kept a best checkpoint yet. "
                             "Give a file.")
 
-# %% ../nbs/72_checkpoints.ipynb #714a9fdb
+# %% ../nbs/72_checkpoints.ipynb #ddc14dbf
 def fit_folder(
     root: Path,                               # folder of all runs
     resumed: str | None = None,               # the file that the fit goes on from
@@ -250,7 +254,7 @@ def fit_folder(
                       "default_root_dir= that can be written to, or enable_checkpointing=False",
                       e.filename) from e
 
-# %% ../nbs/72_checkpoints.ipynb #d2653557
+# %% ../nbs/72_checkpoints.ipynb #d2bc6b3d
 def _say_mode(monitor: str, mode: str) -> None:
     "Tell the user which value counts as the best, where it is not a loss."
     if monitor.rpartition("/")[2] == "loss": return
@@ -290,7 +294,7 @@ class BestCheckpoint(ModelCheckpoint):
         self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
         _say_mode(self.monitor, self.mode)
 
-# %% ../nbs/72_checkpoints.ipynb #9a4b6575
+# %% ../nbs/72_checkpoints.ipynb #02598506
 class LastCheckpoint(Checkpoint):
     "Keeps `last.ckpt` in the folder of the trainer's run."
     def __init__(self) -> None:
@@ -305,7 +309,7 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(folder / LAST_NAME, weights_only=False)
         self.best_model_path = str(folder / LAST_NAME)
 
-# %% ../nbs/72_checkpoints.ipynb #203a3967
+# %% ../nbs/72_checkpoints.ipynb #8c01da69
 def best_of(
     callbacks: Iterable[Callback],            # of a trainer, after a fit
     last: str = "",                           # its last checkpoint
@@ -314,7 +318,59 @@ def best_of(
     kept = [o.best_model_path for o in callbacks if isinstance(o, ModelCheckpoint) and o.save_top_k]
     return next((o for o in kept if o and os.path.exists(o)), last)
 
-# %% ../nbs/72_checkpoints.ipynb #879c232e
+# %% ../nbs/72_checkpoints.ipynb #33683bb5
+class CheckpointClock:
+    """Says when the next checkpoint inside an epoch is due, on each process the same.
+
+    Parameters
+    ----------
+    interval : timedelta, int or None
+        Time or number of steps between two checkpoints; None: only between epochs.
+    """
+    def __init__(self, interval: timedelta | int | None) -> None:
+        self.interval = interval
+        self.begin(0)
+
+    def begin(
+        self,
+        step: int,                            # global step
+    ) -> None:
+        "Count anew at the start of a training; how long a batch takes is not known yet."
+        self.restart(step)
+        self.asked, self.batches, self.pause = self.since, -1, 1
+
+    def restart(
+        self,
+        step: int,                            # global step of the checkpoint that was written
+    ) -> None:
+        "Begin to count."
+        self.since, self.step = time.monotonic(), step
+
+    def due(
+        self,
+        step: int,                            # global step
+    ) -> bool:
+        "Whether it is time, as this process sees it."
+        if self.interval is None: return False
+        if not isinstance(self.interval, timedelta): return step - self.step >= self.interval
+        return time.monotonic() - self.since >= self.interval.total_seconds()
+
+    def agreed(
+        self,
+        trainer: Any,                         # a Lightning trainer
+        waiting: int = 0,                     # signal that waits in this process
+    ) -> tuple[bool, int]:                    # whether it is time, and the signal that all obey
+        "The same on each process: the time as the first one has it, the signal of any."
+        due = self.due(trainer.global_step)
+        if trainer.world_size == 1: return due, waiting
+        self.batches += 1
+        if self.batches < self.pause: return due and not isinstance(self.interval, timedelta), 0
+        each = max((time.monotonic() - self.asked) / self.batches, 1e-4)
+        plans = gather_processes((due, waiting, min(1000, math.ceil(1 / each))))
+        self.batches, self.asked, self.pause = 0, time.monotonic(), plans[0][2]
+        return plans[0][0], max(number for _, number, _ in plans)
+
+# %% ../nbs/72_checkpoints.ipynb #3876141f
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 def _states_of_checkpoints(
@@ -343,8 +399,8 @@ def hide_folders(
         state["best_k_models"] = {
             _hidden(path, folder): score for path, score in state["best_k_models"].items()}
 
-# %% ../nbs/72_checkpoints.ipynb #94ac63da
-def _found(name: str, folders: Iterable[str]) -> str:
+# %% ../nbs/72_checkpoints.ipynb #07eb3650
+def _found(name: str, folders: Iterable[str | Path]) -> str:
     "The first file of that name in some folders, or ''."
     files = [os.path.join(folder, name) for folder in folders]
     return next((o for o in files if name and os.path.isfile(o)), "")
@@ -357,7 +413,7 @@ def find_folders(
     "Undo `hide_folders`; files that are no longer there are left out."
     for callback, state in _states_of_checkpoints(trainer, checkpoint):
         if state.get("dirpath") != ".": continue
-        folders = [callback.dirpath or ".", os.path.dirname(os.path.abspath(path or "."))]
+        folders = [str(callback.dirpath or "."), os.path.dirname(os.path.abspath(path or "."))]
         state.update({o: _found(state[o], folders) for o in _PATHS}, dirpath=callback.dirpath)
         known = {_found(name, folders): score for name, score in state["best_k_models"].items()}
         state["best_k_models"] = {name: score for name, score in known.items() if name}

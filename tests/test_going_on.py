@@ -12,10 +12,10 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from small_models import QUIET, Full, loaders, patterns, same_weights
 
-from autotimm import resuming
+
 from autotimm.checkpoints import find_unfinished, read_run
 from autotimm.data import loading
-from autotimm.resuming import BATCH, STOPPED, VALIDATION
+from autotimm.resuming import BATCH, STOPPED, VALIDATION, state
 from autotimm.trainer import AutoTrainer
 
 
@@ -463,9 +463,9 @@ def test_the_random_numbers_of_a_gpu_before_a_step_that_fails(tmp_path, monkeypa
     class Breaks(Draws): failing = 5
     class Works(Draws): failing = -1
     monkeypatch.setattr(loading, "accelerator_states", lambda: {"cuda": gpu.get_state()})
-    monkeypatch.setattr(resuming, "accelerator_states", loading.accelerator_states)
+    monkeypatch.setattr(state, "accelerator_states", loading.accelerator_states)
     monkeypatch.setattr(loading, "set_random_states", lambda states, put_back=loading.set_random_states: (put_back(states), gpu.set_state(states["cuda"])))
-    monkeypatch.setattr(resuming, "set_random_states", loading.set_random_states)
+    monkeypatch.setattr(state, "set_random_states", loading.set_random_states)
     def fit(root, model, seed, ckpt=None):
         torch.set_num_threads(1)
         pl.seed_everything(seed, verbose=False)

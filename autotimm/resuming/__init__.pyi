@@ -1,0 +1,25 @@
+from .run import (
+    DeferredSignals as DeferredSignals,
+    RunEnd as RunEnd,
+    RunRecord as RunRecord,
+    RunState as RunState,
+    validation_is_due as validation_is_due,
+)
+from .state import (
+    BATCH as BATCH,
+    EPOCH as EPOCH,
+    STOPPED as STOPPED,
+    VALIDATION as VALIDATION,
+    BatchStart as BatchStart,
+    EpochStart as EpochStart,
+    RunHistory as RunHistory,
+    begin_epoch_again as begin_epoch_again,
+    enter_epoch_again as enter_epoch_again,
+    metric_states as metric_states,
+    process_state as process_state,
+    restore_process as restore_process,
+    set_metric_states as set_metric_states,
+    settle_counters as settle_counters,
+    stands_between_epochs as stands_between_epochs,
+    training_loaders as training_loaders,
+)

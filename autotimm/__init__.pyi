@@ -94,10 +94,9 @@ from .heads.output import (
     MaskHead as MaskHead,
     UPerNetHead as UPerNetHead,
 )
-from .heads.pyramid import FPN as FPN
-from .hub import (
+from .hub.push import push_to_hub as push_to_hub
+from .hub.save import (
     load_pretrained as load_pretrained,
-    push_to_hub as push_to_hub,
     save_pretrained as save_pretrained,
 )
 from .loggers import (

@@ -250,8 +250,8 @@ def test_pooling_decides_whether_there_is_a_native_class(family, values, pooling
     assert torch.equal(logits(load_pretrained(folder), x), logits(model, x))
 
 
-@pytest.mark.parametrize("family, values, why", [("PoolFormer", STAGES, "logits there differ"), ("DINOv3ViT", TOKENS, "no class for image classification"),
-                                                 ("SiglipVision", TOKENS, "logits there differ")])
+@pytest.mark.parametrize("family, values, why", [("PoolFormer", STAGES, "logits differ"), ("DINOv3ViT", TOKENS, "no class for image classification"),
+                                                 ("SiglipVision", TOKENS, "logits differ")])
 def test_what_transformers_cannot_express_says_so(family, values, why, tmp_path):
     model = classifier(create_backbone(getattr(transformers, f"{family}Config")(**values), **({} if "image_size" in values else dict(image_size=64))))
     with pytest.warns(UserWarning, match=f"only autotimm loads, since .*{why}"): folder = save_pretrained(model, tmp_path / "net")
@@ -398,15 +398,16 @@ def test_a_process_killed_while_it_saves_leaves_the_old_folder(tmp_path):
     before = {o.name: o.read_bytes() for o in (tmp_path / "net").iterdir()}
     code = f"""
         import os, signal
-        from autotimm import BackboneConfig, ImageClassifier, hub
+        from autotimm import BackboneConfig, ImageClassifier
+        from autotimm.hub import formats, save
         model = ImageClassifier(BackboneConfig("test_resnet", pretrained=False), 7)
-        for moment in ("write_json", "write_weights", "_check_written", "_make_card"):
+        for module, moment in ((formats, "write_json"), (formats, "write_weights"), (save, "check_written"), (save, "make_card")):
             if not (child := os.fork()):
-                real = getattr(hub, moment)
+                real = getattr(module, moment)
                 def die(*args, **kwargs):
                     real(*args, **kwargs)
                     os.kill(os.getpid(), signal.SIGKILL)
-                setattr(hub, moment, die)
+                setattr(module, moment, die)
                 model.save_pretrained({str(tmp_path / "net")!r})
             assert os.waitpid(child, 0)[1] == signal.SIGKILL, moment
     """

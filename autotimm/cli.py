@@ -123,7 +123,7 @@ def load_model(
     if name.endswith(".onnx"):
         from autotimm.export import load_onnx
         return load_onnx(name)
-    from autotimm.hub import load_pretrained
+    from autotimm.hub.save import load_pretrained
     if name.endswith(".ckpt"): return load_checkpoint(name)
     return load_pretrained(model_folder(name), revision=revision)
 
@@ -141,8 +141,8 @@ def load_checkpoint(
     path: str,                # a Lightning checkpoint of one of our tasks
 ) -> Any:                     # the model, in eval mode
     "The model in a checkpoint, whichever task's it is. Raises `ValueError` for another library's."
-    from autotimm.hub import task_from_hparams
-    from autotimm.training_cli.config import read_hparams
+    from autotimm.hub.save import task_from_hparams
+    from autotimm.training_cli import read_hparams
     task: Any = task_from_hparams(read_hparams(path), path)
     return task.load_from_checkpoint(path, map_location="cpu")
 
@@ -212,7 +212,7 @@ def do_export(args: argparse.Namespace) -> None:
 # %% ../nbs/89_cli.ipynb #2b728b72
 def do_push(args: argparse.Namespace) -> None:
     "Push a model folder to the Hub."
-    from autotimm.hub import push_to_hub
+    from autotimm.hub.push import push_to_hub
     folder = model_folder(args.folder)
     if not os.path.isdir(folder): raise FileNotFoundError(f"{folder}: there is no such folder.")
     print(push_to_hub(folder, args.repo_id, **_given(args, private="private", revision="revision", message="commit_message")))
@@ -222,7 +222,7 @@ def do_convert(args: argparse.Namespace) -> None:
     if os.path.exists(args.target) and (os.path.isfile(args.target) or os.listdir(args.target)):
         raise FileExistsError(f"{args.target} exists and is not written over. Remove it, or choose another.")
     if not args.source.endswith(".ckpt") and not args.target.endswith(".ckpt"): raise ValueError("One of SOURCE and TARGET has to be a .ckpt file.")
-    from autotimm.hub import convert_checkpoint, folder_to_checkpoint
+    from autotimm.hub.save import convert_checkpoint, folder_to_checkpoint
     if args.target.endswith(".ckpt"):
         print(folder_to_checkpoint(model_folder(args.source), args.target))
         return

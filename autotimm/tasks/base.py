@@ -45,15 +45,13 @@ from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapt
                                       dense_pipeline, get_transforms_from_backbone, to_uint8_image)
 from ..export import export_to_onnx, export_to_torchscript
 from ..lightning_parts import trainer_of
-from ..heads.pyramid import Pyramid
-from ..hub import TASKS, load_pretrained, push_to_hub, save_pretrained
-from ..losses.classification import local_counts
-from ..metrics.config import LoggingConfig, MetricConfig, STAGES
-from ..metrics.manager import confusion_matrix, MetricManager
-from ..metrics.processes import (deal_in_turn, EpochMeans, gather_processes, joined_states,
-                                        means_of)
-from ..optim.optimizers import create_optimizer, parameter_groups
-from ..optim.schedulers import add_groups, create_scheduler, step_scheduler
+from ..heads import Pyramid
+from ..hub.push import push_to_hub
+from ..hub.save import TASKS, load_pretrained, save_pretrained
+from ..losses import local_counts
+from ..metrics import (STAGES, EpochMeans, LoggingConfig, MetricConfig, MetricManager, confusion_matrix,
+                              deal_in_turn, gather_processes, joined_states, means_of)
+from ..optim import add_groups, create_optimizer, create_scheduler, parameter_groups, step_scheduler
 from ..prediction import PrepareDense, predict_images, predict_loader, prepare_dense
 from ..viz import plot_confusion_matrix
 

@@ -45,17 +45,17 @@ from .core import (
     count_parameters as count_parameters,
     seed_everything as seed_everything,
 )
-from .data.annotations import (
-    AnnotationError as AnnotationError,
-    CSVDetectionDataset as CSVDetectionDataset,
-    CSVInstanceDataset as CSVInstanceDataset,
-)
+from .data.coco import AnnotationError as AnnotationError
 from .data.datamodule import (
     DetectionDataModule as DetectionDataModule,
     ImageDataModule as ImageDataModule,
     InstanceSegmentationDataModule as InstanceSegmentationDataModule,
     MultiLabelImageDataModule as MultiLabelImageDataModule,
     SegmentationDataModule as SegmentationDataModule,
+)
+from .data.objects import (
+    CSVDetectionDataset as CSVDetectionDataset,
+    CSVInstanceDataset as CSVInstanceDataset,
 )
 from .data.readers import (
     BadImageError as BadImageError,

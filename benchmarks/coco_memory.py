@@ -24,7 +24,9 @@ from common import keep_quiet, machine, table
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from autotimm.data.annotations import Annotations, BoxDataset, read_coco
+from autotimm.data.annotations import Annotations
+from autotimm.data.formats import read_coco
+from autotimm.data.objects import BoxDataset
 
 WORKERS, HEIGHT, WIDTH, SHAPES = 4, 480, 640, 4000
 

@@ -3,7 +3,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from autotimm.data.annotations import Annotations, read_coco
+from autotimm.data.annotations import Annotations
+from autotimm.data.formats import read_coco
 from autotimm.testing import write_coco
 
 

@@ -1,14 +1,14 @@
-from .annotations import (
-    AnnotationError as AnnotationError,
-    CSVDetectionDataset as CSVDetectionDataset,
-    CSVInstanceDataset as CSVInstanceDataset,
-)
+from .coco import AnnotationError as AnnotationError
 from .datamodule import (
     DetectionDataModule as DetectionDataModule,
     ImageDataModule as ImageDataModule,
     InstanceSegmentationDataModule as InstanceSegmentationDataModule,
     MultiLabelImageDataModule as MultiLabelImageDataModule,
     SegmentationDataModule as SegmentationDataModule,
+)
+from .objects import (
+    CSVDetectionDataset as CSVDetectionDataset,
+    CSVInstanceDataset as CSVInstanceDataset,
 )
 from .readers import (
     BadImageError as BadImageError,

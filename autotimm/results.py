@@ -24,7 +24,7 @@ import PIL.Image
 from torch import Tensor
 
 from .core import atomic_path, require
-from .data.annotations import rle_encode
+from .masks import rle_encode
 from .data.readers import load_image
 from .viz import Table, class_colors, show_boxes, show_images, show_masks
 

@@ -32,9 +32,11 @@ from torch.utils.data import (DataLoader, RandomSampler, Sampler, SequentialSamp
                               get_worker_info)
 
 from ..core import inherit_signature, lookup
-from .annotations import BOX_FORMATS, Annotations, BoxDataset, SampleMixing, coco_reader, find_boxes, read_box_splits, read_csv_boxes
-from .loading import EpochSampler, ResumableLoader
-from ..seeding import seed_of_random_state
+from .annotations import Annotations
+from .formats import read_csv_boxes
+from .loading import EpochSampler, ResumableLoader, seed_of_random_state
+from .objects import (BOX_FORMATS, BoxDataset, SampleMixing, coco_reader, find_boxes,
+                                   read_box_splits)
 from .readers import (BUILTIN_DATASETS, BUILTIN_FOLDERS, ON_BAD_IMAGE, BadImage, BadImageError, BadImageLog,
                                    CITYSCAPES_IDS, MASK_FORMATS, MaskCodes, MaskDataset, SampleDataset, Sample, Splits, builtin_dataset, encode_labels, find_builtin,
                                    find_split_folders, load_hf_dataset, load_mask, read_builtin, read_csv_split, read_folders,

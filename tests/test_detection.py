@@ -220,7 +220,7 @@ def test_searches_and_pictures(folder, tmp_path):
     assert {"train/loss", "train/mask_loss", "train/num_pos", "train/lr", "train/grad_norm", "val/map", "val/mask_map_50"} <= set(head)
     board = EventAccumulator(str(next((tmp_path / "tensorboard").rglob("events.*")).parent)).Reload()
     assert len(board.Images("val/predictions")) == 2
-    assert not model._shown
+    assert not model.examples.kept
 
 
 @pytest.mark.parametrize("kind", ["fcos", "darknet", "masks"])

@@ -24,7 +24,9 @@ from ..losses.classification import create_loss, CrossEntropyLoss
 from ..metrics.config import default_metrics
 from ..prediction import PrepareCrops, prepare_classification
 from ..results import ClassificationResult
-from .base import Step, VisionTask, outside, refuse_note
+from .base import Step, VisionTask
+from .prediction import any_outside
+from .saving import refuse_note
 from ..viz import show_images, show_predictions
 
 # %% ../../nbs/64_tasks_classification.ipynb #8c50340c
@@ -119,7 +121,7 @@ class ImageClassifier(VisionTask):
     def check_labels(self, batch: Any) -> None:
         "Raise `ValueError` for a label that is no class."
         labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-        if outside(labels, 0, 1 if self.multi_label else self.num_classes - 1): self.check(batch)
+        if any_outside(labels, 0, 1 if self.multi_label else self.num_classes - 1): self.check(batch)
 
     def compute(self, batch: Any, stage: str) -> Step:
         "Loss, probabilities and targets; a mixed batch is measured against the label with the larger share."
@@ -140,7 +142,7 @@ class ImageClassifier(VisionTask):
             raise
         scores = self.probabilities(logits.detach())
         if stage == "val" and self.confusion is not None: self.confusion.update(scores, y)
-        self.keep_for_figures(stage, x, scores, y)
+        self.keep_examples(stage, x, scores, y)
         # With class weights an epoch's mean is that of all images at once, whatever the batches.
         loss_fn: Any = self.loss_fn
         counts = stage != "train" and isinstance(loss_fn, CrossEntropyLoss)

@@ -27,7 +27,9 @@ from ..losses.detection import FCOSLoss, YOLOXLoss
 from ..metrics.config import default_metrics
 from ..prediction import detections_to_original, flip_detections, merge_detections
 from ..results import DetectionResult
-from .base import DenseTask, Step, outside, refuse_note
+from .base import DenseTask, Step
+from .prediction import any_outside
+from .saving import refuse_note
 from ..viz import show_boxes
 from ..yolox.network import decode_yolox, YOLOXHead
 
@@ -217,7 +219,7 @@ class DetectionTask(DenseTask):
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if isinstance(labels, Tensor): labels = [labels]
         if not isinstance(labels, Sequence) or not all(isinstance(o, Tensor) and o.ndim and o.device.type == "cpu" for o in labels): return
-        if labels and outside(torch.cat([o.flatten() for o in labels]), 0, self.num_classes - 1): self.check(batch)
+        if labels and any_outside(torch.cat([o.flatten() for o in labels]), 0, self.num_classes - 1): self.check(batch)
 
     def losses(self, maps: list[Tensor], outputs: Outputs, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         "The losses of a batch, 'loss' their sum; crowds are no targets."
@@ -252,11 +254,6 @@ class DetectionTask(DenseTask):
         known = "masks" not in self.needs or "orig_masks" in batch
         return batch.get("letterbox") if known else None
 
-    def draws(self, stage: str) -> bool:
-        "Whether pictures of this epoch's predictions are asked for and not all there yet."
-        config = self.logging_config
-        return config.log_predictions and stage == "val" and len(self._shown) < config.predictions_per_epoch
-
     def compute(self, batch: Any, stage: str) -> Step:
         "Losses, and detections and objects in the pixels of the original images."
         self.check_once(batch, stage)
@@ -275,7 +272,7 @@ class DetectionTask(DenseTask):
         if stage == "train" and not self.metrics.get_train_metrics(): return Step(losses, [], [], len(x))
         size, rows = (int(x.shape[2]), int(x.shape[3])), self.rows(batch)
         with torch.no_grad(): seen = self.detect(maps, outputs, size)
-        if self.draws(stage): self.keep_for_figures(stage, x, self.to_original(seen, None, size))
+        if stage == "val" and self.examples.missing: self.keep_examples(stage, x, self.to_original(seen, None, size))
         return Step(losses, self.to_original(seen, rows, size), self.objects(targets, rows), len(x))
 
     def predict_tensor(self, x: Tensor) -> list[dict[str, Tensor]]:
@@ -284,7 +281,7 @@ class DetectionTask(DenseTask):
 
     def plan_prediction(self, tta: str | None = None) -> tuple[Any, Any]:  # type: ignore[override]
         "Images resized to fit; with `tta='flip'` what is found in the mirror image too, each object once."
-        views = self.views_of(tta)
+        views = self.count_views(tta)
         def run(x: Tensor, rows: Tensor) -> list[DetectionResult]:
             with torch.inference_mode():
                 found = self.seen(x)

@@ -22,7 +22,7 @@ from ..heads.output import MaskHead
 from ..heads.pyramid import FPN
 from ..losses.detection import FCOSLoss, MaskLoss
 from ..prediction import MAX_PIXELS
-from .base import refuse_note
+from .saving import refuse_note
 from .detection import FCOS, DetectionTask, Outputs, pick_strides
 
 # %% ../../nbs/68_tasks_instance.ipynb #1b282136

@@ -23,7 +23,9 @@ from ..metrics.config import default_metrics, STAGES
 from ..metrics.manager import MetricManager
 from ..prediction import PrepareNative, logits_to_classes
 from ..results import SegmentationResult
-from .base import DenseTask, Step, outside, refuse_note
+from .base import DenseTask, Step
+from .prediction import any_outside
+from .saving import refuse_note
 from ..viz import show_masks
 
 # %% ../../nbs/65_tasks_segmentation.ipynb #ab47f89c
@@ -126,8 +128,8 @@ class SemanticSegmentor(DenseTask):
     def check_labels(self, batch: Any) -> None:
         "Raise `ValueError` for a pixel that is neither a class nor ignored."
         mask = batch.get("mask") if isinstance(batch, Mapping) else batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-        if not isinstance(mask, Tensor) or not outside(mask, 0, self.num_classes - 1): return
-        if outside(mask.where(mask != self.ignore_index, 0), 0, self.num_classes - 1): self.check(batch)
+        if not isinstance(mask, Tensor) or not any_outside(mask, 0, self.num_classes - 1): return
+        if any_outside(mask.where(mask != self.ignore_index, 0), 0, self.num_classes - 1): self.check(batch)
 
     def compute(self, batch: Any, stage: str) -> Step:
         "Loss at the size of the masks, and the classes of all pixels that count."
@@ -146,7 +148,7 @@ class SemanticSegmentor(DenseTask):
         if stage != "val" and not self.metrics.stage_metrics(stage): return Step({"loss": loss}, mask[:0].flatten(), mask[:0].flatten(), len(x))
         ids, kept = logits.detach().argmax(1), mask != self.ignore_index
         if stage == "val" and self.confusion is not None and bool(kept.any()): self.confusion.update(ids[kept], mask[kept])
-        self.keep_for_figures(stage, x, ids)
+        self.keep_examples(stage, x, ids)
         return Step({"loss": loss}, ids[kept], mask[kept], len(x))
 
     def predict(  # type: ignore[override]
@@ -173,7 +175,7 @@ class SemanticSegmentor(DenseTask):
 
     def plan_prediction(self, tta: str | None = None, window: int | tuple[int, int] | None = None, overlap: float = 0.5) -> tuple[Any, Any]:  # type: ignore[override]
         "The whole image resized to fit, or windows at its own size; probabilities are means over the views."
-        views = self.views_of(tta)
+        views = self.count_views(tta)
         prepare = self.preparation() if window is None else PrepareNative(self.data_config)
         logits_of = self if window is None else lambda x: sliding_window(self, x, window, overlap)
         def run(x: Tensor, rows: Tensor) -> list[SegmentationResult]:

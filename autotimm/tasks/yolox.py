@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..core import inherit_signature, lookup
 from ..data.datamodule import count_epochs
 from ..lightning_parts import trainer_of
-from ..heads.pyramid import Pyramid
-from ..losses.detection import YOLOXLoss
-from .base import WeightAverage
+from ..heads import Pyramid
+from ..losses import YOLOXLoss
+from .optimization import WeightAverage
 from .detection import DetectionTask, Outputs, YOLOXPredictor
 from ..yolox.network import build_yolox, CSPDarknet, YOLOX_MODELS
 from ..yolox.official import load_official_yolox
@@ -169,9 +169,9 @@ class YOLOXDetector(DetectionTask):
         return {"total_epochs": total, "no_aug_epochs": min(rest, total),
                 "warmup_epochs": total / 60 if hp["warmup_epochs"] is None else hp["warmup_epochs"]}
 
-    def schedule(self) -> dict[str, Any]:
+    def scheduler_arguments(self) -> dict[str, Any]:
         "Length of the schedule, and its warm-up and end."
-        found, lengths = super().schedule(), self.epochs()
+        found, lengths = super().scheduler_arguments(), self.epochs()
         if self.hparams["scheduler"] != "yolox": return found
         if total := self.hparams["total_epochs"]: found |= {"total_steps": total * found["steps_per_epoch"], "max_epochs": total}
         return {"warmup_epochs": lengths["warmup_epochs"], "no_aug_epochs": lengths["no_aug_epochs"], **found}

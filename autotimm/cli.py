@@ -158,7 +158,7 @@ def on_best_device(
     "A model moved once, so that no call of `predict` has to."
     import torch
     if not isinstance(model, torch.nn.Module): return model
-    from autotimm.tasks.base import best_device
+    from autotimm.tasks.prediction import best_device
     return model.to(device or best_device(model))
 
 def do_predict(args: argparse.Namespace) -> None:

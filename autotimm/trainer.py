@@ -270,7 +270,7 @@ class AutoTrainer(pl.Trainer):
         _check_any("fit", "train_dataloader", inner, train_dataloaders, datamodule)
         data = Data(train_dataloaders, val_dataloaders, datamodule)
         with quiet(), self._held():
-            if getattr(inner, "holds_still", False): warnings.filterwarnings("ignore", message="Found .* in eval mode")
+            if getattr(inner, "keeps_eval_layers", False): warnings.filterwarnings("ignore", message="Found .* in eval mode")
             path = self._resume_path(ckpt_path, weights_only)
             self._begin(inner, path)
             try:

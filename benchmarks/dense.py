@@ -33,7 +33,7 @@ import autotimm
 from autotimm import AutoTrainer, FeatureBackboneConfig, seed_everything
 from autotimm.boxes import LetterBox, scale_boxes
 from autotimm.optim import create_optimizer, create_scheduler, parameter_groups
-from autotimm.tasks.base import hold_norm
+from autotimm.tasks.optimization import hold_norm
 
 WARM = 10       # steps before the clock counts
 

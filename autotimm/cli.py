@@ -142,7 +142,7 @@ def load_checkpoint(
 ) -> Any:                     # the model, in eval mode
     "The model in a checkpoint, whichever task's it is. Raises `ValueError` for another library's."
     from autotimm.hub.save import task_from_hparams
-    from autotimm.training_cli import read_hparams
+    from autotimm.training_cli.config import read_hparams
     task: Any = task_from_hparams(read_hparams(path), path)
     return task.load_from_checkpoint(path, map_location="cpu")
 

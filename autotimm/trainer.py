@@ -40,7 +40,7 @@ from .data.loading import deal, resumable
 from .seeding import seed_of_random_state
 from .lightning_parts import change_loaders, let_lightning_deal
 from .loggers import LoggerConfig, LoggerManager, continue_logger, logger_identity, logger_state, restart_logger
-from .metrics import gather_processes
+from .metrics.processes import gather_processes
 from .resuming.run import RunState
 from .tuning import (Data, LearningRateResult, TunerConfig, Tuning, resized_loaders, scale_model_rate, search_together,
                              set_highest_rates, set_size, wants_rate, wants_size)

@@ -34,7 +34,8 @@ from torch.utils.data import (DataLoader, RandomSampler, Sampler, SequentialSamp
 from ..core import inherit_signature, lookup
 from .annotations import Annotations
 from .formats import read_csv_boxes
-from .loading import EpochSampler, ResumableLoader, seed_of_random_state
+from .loading import EpochSampler, ResumableLoader
+from ..seeding import seed_of_random_state
 from .objects import (BOX_FORMATS, BoxDataset, SampleMixing, coco_reader, find_boxes,
                                    read_box_splits)
 from .readers import (BUILTIN_DATASETS, BUILTIN_FOLDERS, ON_BAD_IMAGE, BadImage, BadImageError, BadImageLog,

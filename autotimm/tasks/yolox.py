@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..core import inherit_signature, lookup
 from ..data.datamodule import count_epochs
 from ..lightning_parts import trainer_of
-from ..heads import Pyramid
-from ..losses import YOLOXLoss
+from ..heads.pyramid import Pyramid
+from ..losses.detection import YOLOXLoss
 from .optimization import WeightAverage
 from .detection import DetectionTask, Outputs, YOLOXPredictor
 from ..yolox.network import build_yolox, CSPDarknet, YOLOX_MODELS

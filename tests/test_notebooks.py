@@ -166,3 +166,14 @@ RETIRED = ["it takes all that takes, and any LightningModule", "has no box loss 
 @pytest.mark.parametrize("sentence", RETIRED)
 def test_riddles_do_not_come_back(sentence):
     assert [o.stem for o in NOTEBOOKS for c in cells(o) if sentence.lower() in c.source.lower()] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda o: o.stem)
+def test_cells_of_imports_hold_only_imports(path):
+    "nbdev runs every cell that imports something when it makes the pages, and that one alone."
+    mixed = []
+    for cell in cells(path):
+        if cell.kind != "code" or cell.is_exported: continue
+        kinds = {isinstance(o, ast.Import | ast.ImportFrom) for o in cell.tree.body}
+        if len(kinds) > 1: mixed.append(cell.source[:80])
+    assert mixed == []

@@ -127,13 +127,13 @@ from .metrics.config import (
 from .metrics.manager import MetricManager as MetricManager
 from .optim.optimizers import list_optimizers as list_optimizers
 from .optim.schedulers import list_schedulers as list_schedulers
-from .results import (
+from .results.images import (
     ClassificationResult as ClassificationResult,
     DetectionResult as DetectionResult,
     Result as Result,
-    Results as Results,
     SegmentationResult as SegmentationResult,
 )
+from .results.table import Results as Results
 from .serve.app import create_app as create_app
 from .tasks.base import VisionTask as VisionTask
 from .tasks.classification import ImageClassifier as ImageClassifier

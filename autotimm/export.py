@@ -47,7 +47,9 @@ from .data.transforms import find_data_config
 from .prediction import (MAX_PIXELS, check_prediction, detections_to_original, find_images, inputs_of, logits_to_classes,
                                  original_size, predict_images, predict_loader, prepare_classification, prepare_dense,
                                  read_and_prepare)
-from .results import ClassificationResult, DetectionResult, Result, Results, SegmentationResult
+from .results.images import (ClassificationResult, DetectionResult, Result,
+                                     SegmentationResult)
+from .results.table import Results
 from .viz import Table
 from .yolox.network import decode_yolox
 

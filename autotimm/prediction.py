@@ -40,7 +40,8 @@ from .data.transforms import (DensePipeline, ResizeAndCrop, TransformAdapter,
                                       TransformConfig, dense_pipeline, eval_pipeline,
                                       resize_image)
 from .heads.pyramid import resize_map
-from .results import Result, Results
+from .results.images import Result
+from .results.table import Results
 
 # %% ../nbs/41_prediction.ipynb #20a7d3bc
 MAX_DOWNLOAD = 100 * 2**20

@@ -10,7 +10,7 @@ import autotimm
 from autotimm.testing import LocalHub, write_coco, write_folders
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme import ROOT, render  # noqa: E402
+from readme import GALLERY, ROOT, gallery, render  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -27,6 +27,14 @@ def test_pictures_stand_in_the_repository():
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
     assert len(pictures) == 3
     for picture in pictures: assert (ROOT / picture).stat().st_size > 1000
+
+
+def test_the_gallery_is_what_the_notebooks_show():
+    "Each picture of the site's first page is the kept output of a cell, and each stands there."
+    pictures = gallery()
+    assert {o.stem: o.read_bytes() for o in GALLERY.glob("*.png")} == pictures
+    index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"images/gallery/([\w-]+)\.png", index)) == sorted(pictures)
 
 
 @pytest.mark.timeout(600)

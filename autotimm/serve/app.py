@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ..core import not_found, require
-from ..results import ClassificationResult, DetectionResult
+from ..results.images import ClassificationResult, DetectionResult
 from .batching import InferenceQueue, Limits, Refusal, ServerStats, readable_formats
 from .page import photo_page
 

@@ -23,7 +23,7 @@ from ..heads.output import ClassificationHead
 from ..losses.classification import create_loss, CrossEntropyLoss
 from ..metrics.config import default_metrics
 from ..prediction import PrepareCrops, prepare_classification
-from ..results import ClassificationResult
+from ..results.images import ClassificationResult
 from .base import Step, VisionTask
 from .prediction import any_outside
 from .saving import refuse_note

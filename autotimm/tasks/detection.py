@@ -26,7 +26,7 @@ from ..heads.pyramid import FPN
 from ..losses.detection import FCOSLoss, YOLOXLoss
 from ..metrics.config import default_metrics
 from ..prediction import detections_to_original, flip_detections, merge_detections
-from ..results import DetectionResult
+from ..results.images import DetectionResult
 from .base import DenseTask, Step
 from .prediction import any_outside
 from .saving import refuse_note

@@ -22,7 +22,7 @@ from ..losses.segmentation import create_segmentation_loss
 from ..metrics.config import default_metrics, STAGES
 from ..metrics.manager import MetricManager
 from ..prediction import PrepareNative, logits_to_classes
-from ..results import SegmentationResult
+from ..results.images import SegmentationResult
 from .base import DenseTask, Step
 from .prediction import any_outside
 from .saving import refuse_note

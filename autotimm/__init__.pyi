@@ -27,7 +27,6 @@ from .backbones.backbone import (
     get_feature_channels as get_feature_channels,
     get_feature_info as get_feature_info,
     get_feature_strides as get_feature_strides,
-    list_backbones as list_backbones,
 )
 from .backbones.config import (
     BackboneConfig as BackboneConfig,
@@ -39,6 +38,7 @@ from .backbones.sources import (
     ModelSource as ModelSource,
     get_model_source as get_model_source,
 )
+from .backbones.timm import list_backbones as list_backbones
 from .calibration import Calibration as Calibration
 from .core import (
     MissingExtraError as MissingExtraError,

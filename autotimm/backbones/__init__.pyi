@@ -6,7 +6,6 @@ from .backbone import (
     get_feature_channels as get_feature_channels,
     get_feature_info as get_feature_info,
     get_feature_strides as get_feature_strides,
-    list_backbones as list_backbones,
 )
 from .config import (
     BackboneConfig as BackboneConfig,
@@ -23,3 +22,4 @@ from .sources import (
     ModelSource as ModelSource,
     get_model_source as get_model_source,
 )
+from .timm import list_backbones as list_backbones

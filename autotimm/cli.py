@@ -265,8 +265,8 @@ def _short(value: Any) -> str: return f"{value:.4g}" if isinstance(value, float)
 # %% ../nbs/89_cli.ipynb #537e35eb
 def do_backbones(args: argparse.Namespace) -> None:
     "Print names of backbones, one a line."
-    from autotimm.backbones.backbone import list_backbones
     from autotimm.backbones.fetch import list_hf_hub_backbones
+    from autotimm.backbones.timm import list_backbones
     if not getattr(args, "hub", False): names = list_backbones(args.pattern, pretrained_only=getattr(args, "pretrained", False))
     else: names = list_hf_hub_backbones(model_name=args.pattern.replace("*", "") or None, limit=args.limit)
     for name in names: print(name)

@@ -57,6 +57,7 @@ def _check_folder(folder: Path, text: str) -> None:
         raise HubCorruptError(f"Folder {text!r} has no config.json, so it holds no model that timm "
                               "or transformers can load.")
 
+# %% ../../nbs/18_backbones_build.ipynb #d81d54a4
 def find_files(
     ref: ModelReference,        # of a repository or folder
     cfg: AnyBackboneConfig,     # settings, checked
@@ -108,6 +109,7 @@ def _own_data_config(module: nn.Module) -> Mapping[str, Any]:
                   "for it.", stacklevel=7)
     return IMAGENET_DATA_CONFIG
 
+# %% ../../nbs/18_backbones_build.ipynb #f1a46356
 def build_module(
     module: nn.Module,          # with an integer `num_features`
     cfg: AnyBackboneConfig,     # settings, checked
@@ -132,6 +134,7 @@ def _is_transformers(what: Any) -> bool:
     "Whether it is a transformers configuration or model."
     return any(is_transformers_object(what, o) for o in ("pretrainedconfig", "pretrainedmodel"))
 
+# %% ../../nbs/18_backbones_build.ipynb #4e0f8a3c
 @torch.inference_mode(False)
 def build_network(
     what: Any,                          # name, folder, configuration, transformers object or module

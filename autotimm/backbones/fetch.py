@@ -73,6 +73,7 @@ def _list_within_time(query: dict[str, Any]) -> list[str]:
                               f"{query['author']!r} ({reason}). list_backbones() needs no "
                               "network.") from e
 
+# %% ../../nbs/12_backbones_fetch.ipynb #cfa52a95
 def list_hf_hub_backbones(
     author: str = "timm",           # owner of the repositories
     model_name: str | None = None,  # text that the name contains
@@ -95,6 +96,7 @@ _OFFLINE_HINT = ("Check the network or HF_ENDPOINT; load it once while online, t
                  "HF_HUB_OFFLINE=1 uses the cache without asking; or give a folder, or "
                  "pretrained=False with a name from list_backbones().")
 
+# %% ../../nbs/12_backbones_fetch.ipynb #b0602093
 def _repo_hint(repo_id: str) -> str:
     "Near matches among timm's repositories and those of the same owner, as a sentence."
     configs = [timm.get_pretrained_cfg(name) for name in timm.list_models(pretrained=True)]
@@ -114,6 +116,7 @@ def _status(e: BaseException | None) -> int | None:
     while e is not None and getattr(e, "response", None) is None: e = e.__cause__
     return getattr(getattr(e, "response", None), "status_code", None)
 
+# %% ../../nbs/12_backbones_fetch.ipynb #1ca1d3eb
 def _not_found_error(e: Exception, repo_id: str, revision: str | None) -> HubError | None:
     "The error for a repository, revision or file that is not there, or not to be read; else None."
     what, status = _with_revision(repo_id, revision), _status(e)
@@ -185,6 +188,7 @@ def _ask_for_names(repo_id: str, revision: str | None, token: str | bool | None)
     ask = functools.partial(HfApi().model_info, repo_id, revision=revision, timeout=8, token=token)
     return [o.rfilename for o in call_within(FIRST_ANSWER_SECONDS, ask).siblings or []]
 
+# %% ../../nbs/12_backbones_fetch.ipynb #70ea5160
 def _download(repo_id: str, revision: str | None, names: Sequence[str], weights_format: str | None,
               token: str | bool | None = None) -> ModelFiles:
     "Fetch what is needed of a repository's files."

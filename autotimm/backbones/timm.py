@@ -147,6 +147,7 @@ def _constructor_args(cfg: AnyBackboneConfig) -> dict[str, Any]:
     rates = {k: getattr(cfg, k) for k in ("drop_rate", "drop_path_rate") if getattr(cfg, k)}
     return {**args, **rates, "num_classes": getattr(cfg, "num_classes", 0)}
 
+# %% ../../nbs/15_backbones_timm.ipynb #0ee44eea
 def _drops_paths(module: nn.Module) -> bool:
     "Whether a module has stochastic depth."
     rates = ("drop_path_rate", "drop_path_prob")
@@ -173,6 +174,7 @@ def _make_recipe(model: Any, architecture: str, args: Mapping[str, Any]) -> dict
     cfg = {k: v for k, v in dict(model.pretrained_cfg).items() if k not in _WEIGHT_PLACES}
     return dict(architecture=architecture, args=to_plain(building), pretrained_cfg=to_plain(cfg))
 
+# %% ../../nbs/15_backbones_timm.ipynb #b1559c0e
 def _describe(model: Any, architecture: str, args: Mapping[str, Any], cfg: AnyBackboneConfig,
               ref: ModelReference, commit: str | None = None) -> BuiltNetwork:
     "A timm model with its preprocessing and recipe."
@@ -203,6 +205,7 @@ def _weights_overlay(path: Path, where: str, wrapped: bool) -> dict[str, Any]:
     state = {k.removeprefix("timm_model."): v for k, v in load_file(path).items()}
     return dict(source="", file="", state_dict=state)
 
+# %% ../../nbs/15_backbones_timm.ipynb #4d86f4db
 def _load(architecture: str, args: Mapping[str, Any], files: ModelFiles, where: str,
           cfg: AnyBackboneConfig, wrapped: bool = False) -> tuple[Any, dict[str, Any]]:
     "A timm model with the weights of a folder, and the arguments it took."
@@ -230,6 +233,7 @@ def _find_repository(name: str) -> str | None:
         raise ValueError(not_found("Backbone", name, tags, way_out)) from e
     return getattr(known, "hf_hub_id", None)
 
+# %% ../../nbs/15_backbones_timm.ipynb #0247f29a
 def build_timm_name(
     ref: ModelReference,        # its target is the name
     cfg: AnyBackboneConfig,     # settings, checked
@@ -257,6 +261,7 @@ def _check_architecture(architecture: str, where: str) -> None:
     raise HubCorruptError(f"{where} wants the timm architecture {architecture!r}, which is not "
                           f"found in timm {timm.__version__}.{hint} A newer timm may have it.")
 
+# %% ../../nbs/15_backbones_timm.ipynb #b6b7e93a
 def build_timm_folder(
     config: dict[str, Any],     # what config.json holds
     files: ModelFiles,          # the folder
@@ -310,6 +315,7 @@ def _classifier_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
     for o in names: groups.setdefault(".".join(o.split(".")[:len(shared) + 1]), []).append(o)
     return [p for o in groups.values() for p in _classifier_paths(model, o)]
 
+# %% ../../nbs/15_backbones_timm.ipynb #7ff3c667
 def build_with_classifier(
     model: nn.Module,           # without a classifier
     recipe: Mapping[str, Any],  # what it was built from
@@ -362,6 +368,7 @@ def _saved_cfg(backbone: Any, stored: Mapping[str, Any], args: Mapping[str, Any]
     return {**cfg, **data, "num_classes": num_classes, "custom_load": False,
             **({"license": license} if license else {})}
 
+# %% ../../nbs/15_backbones_timm.ipynb #9ce6c1dc
 def timm_settings(
     backbone: Any,              # a `Backbone` or `FeatureBackbone` of timm's
     data: Mapping[str, Any],    # preprocessing, as `Backbone.data_config`

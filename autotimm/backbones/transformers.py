@@ -97,6 +97,7 @@ def _default_settings(config: Any, name: str = "") -> dict[str, Any]:
     try: return {} if processor is None else processor().to_dict()
     except TypeError: return {}  # one that cannot be made without arguments has no defaults either
 
+# %% ../../nbs/17_backbones_transformers.ipynb #4d80d143
 def _folder_settings(folder: Path, config: Any) -> dict[str, Any]:
     "The image processor's settings in a folder; what it leaves out is as its class has it."
     found = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
@@ -116,6 +117,7 @@ def _mean_and_std(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     return (settings.get("image_mean") or IMAGENET_DATA_CONFIG["mean"],
             settings.get("image_std") or IMAGENET_DATA_CONFIG["std"])
 
+# %% ../../nbs/17_backbones_transformers.ipynb #6366200e
 def read_processor(
     settings: Mapping[str, Any],    # of an image processor; empty if there is none
     config: Any,                    # of the model
@@ -158,6 +160,7 @@ def _rates(config: Any, cfg: AnyBackboneConfig) -> dict[str, float]:
         found[known[0]] = value
     return found
 
+# %% ../../nbs/17_backbones_transformers.ipynb #77cb6a67
 def _check_settings(cfg: AnyBackboneConfig) -> None:
     "Raise `ValueError` for a pooling that there is not, or for a classifier."
     pooling, classes = cfg.extra_kwargs.get("pooling"), getattr(cfg, "num_classes", 0)
@@ -167,6 +170,7 @@ def _check_settings(cfg: AnyBackboneConfig) -> None:
         raise ValueError(f"num_classes={classes} builds timm's own classifier; a transformers "
                          "backbone has none. Leave it at 0 and put a head on the backbone.")
 
+# %% ../../nbs/17_backbones_transformers.ipynb #15fb7912
 def _set_image_size(config: Any, size: tuple[int, int]) -> None:
     "A configuration for images of another size."
     is_pair = isinstance(config.image_size, (list, tuple)) or size[0] != size[1]
@@ -184,7 +188,6 @@ def _apply_settings(config: Any, cfg: AnyBackboneConfig, fresh: bool) -> _Settin
         if not hasattr(config, key):
             raise ValueError(f"{type(config).__name__} does not take {key}={value!r}.")
         setattr(config, key, value)
-    # Pretrained position embeddings keep their size and are interpolated.
     if fresh and size and hasattr(config, "image_size"): _set_image_size(config, size)
     if getattr(config, "mask_ratio", 0): config.mask_ratio = 0.0     # ViTMAE drops patches
     return _Settings(config, pooling, size)
@@ -202,6 +205,7 @@ def _vision_part(model: Any, pooling: str | None) -> Any:
         model._modules = submodules
     return model
 
+# %% ../../nbs/17_backbones_transformers.ipynb #5fc7eda4
 def _make_recipe(model: Any, library: TransformersLibrary) -> dict[str, Any]:
     "Plain values from which `rebuild_transformers` builds the model again."
     # A class of the user's cannot be found again by its name.
@@ -213,6 +217,7 @@ def _make_recipe(model: Any, library: TransformersLibrary) -> dict[str, Any]:
     return dict(model_class=type(model).__name__, config_class=type(config).__name__, config=values,
                 pooling=library.pooling)
 
+# %% ../../nbs/17_backbones_transformers.ipynb #5507d265
 def _describe(model: Any, data: dict[str, Any], pooling: str | None, cfg: AnyBackboneConfig,
               name: str, source: ModelSource, commit: str | None = None) -> BuiltNetwork:
     "A transformers model with its preprocessing and recipe."
@@ -231,13 +236,16 @@ def _from_config(transformers: Any, config: Any) -> Any:
     raise ValueError(f"transformers has no model for {type(config).__name__}. Pass the model "
                      "itself.")
 
+# %% ../../nbs/17_backbones_transformers.ipynb #11672072
 def _check_built(obj: nn.Module, cfg: AnyBackboneConfig) -> None:
     "Raise `ValueError` for settings that a model can no longer take."
-    if set(cfg.extra_kwargs) - {"img_size", "pooling"} or cfg.drop_rate or cfg.drop_path_rate:
-        raise ValueError(f"{type(obj).__name__} is built already: set drop rates, in_chans and "
-                         f"{sorted(cfg.extra_kwargs)} in its config, and pass the config or a new "
-                         "model.")
+    late = sorted(set(cfg.extra_kwargs) - {"img_size", "pooling"})
+    late += [k for k in ("drop_rate", "drop_path_rate") if getattr(cfg, k)]
+    if late:
+        raise ValueError(f"{type(obj).__name__} is built already, so {', '.join(late)} cannot be "
+                         "set. Set it in its config, and pass the config or a new model.")
 
+# %% ../../nbs/17_backbones_transformers.ipynb #fc6ea9e5
 def build_transformers_object(
     obj: Any,                   # a transformers config or model, left as it is
     cfg: AnyBackboneConfig,     # settings, checked
@@ -268,6 +276,7 @@ def _adapt_channels(transformers: Any, model: nn.Module, config: Any) -> nn.Modu
     other.load_state_dict(weights)
     return other
 
+# %% ../../nbs/17_backbones_transformers.ipynb #fd92fe7f
 def _read_config(transformers: Any, folder: Path) -> Any:
     "The configuration of the vision model in a folder."
     config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False,
@@ -295,6 +304,7 @@ def _load(transformers: Any, config: Any, files: ModelFiles, where: str,
         model = _adapt_channels(transformers, model, config)
     return model, sorted(info["missing_keys"])
 
+# %% ../../nbs/17_backbones_transformers.ipynb #12d307b5
 def _pooling_without(missing: list[str], model: nn.Module) -> str | None:
     "The pooling to use where the weights of the pooler are missing; None where they are not."
     if not any(re.match(r"(.*\.)?(pooler|head)\.", k) for k in missing): return None
@@ -315,6 +325,7 @@ def _checked_config(transformers: Any, kind: str, folder: Path, where: str) -> A
     except (OSError, ValueError, TypeError) as e:
         raise HubCorruptError(f"config.json of {where} cannot be read: {e}") from e
 
+# %% ../../nbs/17_backbones_transformers.ipynb #2100a57c
 def build_transformers_folder(
     kind: str,                  # `model_type` in config.json
     files: ModelFiles,          # the folder

@@ -53,21 +53,19 @@ from .data.datamodule import (
     MultiLabelImageDataModule as MultiLabelImageDataModule,
     SegmentationDataModule as SegmentationDataModule,
 )
-from .data.objects import (
-    CSVDetectionDataset as CSVDetectionDataset,
-    CSVInstanceDataset as CSVInstanceDataset,
-)
-from .data.readers import (
-    BadImageError as BadImageError,
+from .data.datasets import (
     CSVImageDataset as CSVImageDataset,
     MultiLabelImageDataset as MultiLabelImageDataset,
 )
-from .data.transforms import (
+from .data.images import BadImageError as BadImageError
+from .data.preprocessing import (
     TransformConfig as TransformConfig,
-    create_inference_transform as create_inference_transform,
-    get_transforms_from_backbone as get_transforms_from_backbone,
     list_transform_presets as list_transform_presets,
     resolve_backbone_data_config as resolve_backbone_data_config,
+)
+from .data.transforms import (
+    create_inference_transform as create_inference_transform,
+    get_transforms_from_backbone as get_transforms_from_backbone,
 )
 from .export import (
     ExportError as ExportError,

@@ -6,19 +6,17 @@ from .datamodule import (
     MultiLabelImageDataModule as MultiLabelImageDataModule,
     SegmentationDataModule as SegmentationDataModule,
 )
-from .objects import (
-    CSVDetectionDataset as CSVDetectionDataset,
-    CSVInstanceDataset as CSVInstanceDataset,
-)
-from .readers import (
-    BadImageError as BadImageError,
+from .datasets import (
     CSVImageDataset as CSVImageDataset,
     MultiLabelImageDataset as MultiLabelImageDataset,
 )
-from .transforms import (
+from .images import BadImageError as BadImageError
+from .preprocessing import (
     TransformConfig as TransformConfig,
-    create_inference_transform as create_inference_transform,
-    get_transforms_from_backbone as get_transforms_from_backbone,
     list_transform_presets as list_transform_presets,
     resolve_backbone_data_config as resolve_backbone_data_config,
+)
+from .transforms import (
+    create_inference_transform as create_inference_transform,
+    get_transforms_from_backbone as get_transforms_from_backbone,
 )

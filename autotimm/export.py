@@ -42,8 +42,8 @@ from torchvision.ops import box_iou, nms, roi_align
 from .boxes import decode_detections, level_points, ltrb_to_xyxy, scale_boxes
 from .core import atomic_path, require, to_plain, uncompiled
 from .lightning_parts import without_trainers
-from .data.readers import BadImage, BadImageError, list_images
-from .data.transforms import find_data_config
+from .data.images import BadImage, BadImageError, list_images
+from .data.preprocessing import find_data_config
 from .prediction import (MAX_PIXELS, check_prediction, detections_to_original, find_images, inputs_of, logits_to_classes,
                                  original_size, predict_images, predict_loader, prepare_classification, prepare_dense,
                                  read_and_prepare)

@@ -48,7 +48,7 @@ from .backbones.timm import timm_settings
 from .backbones.transformers import (make_processor_config, quiet_transformers,
                                              without_conversion)
 from .core import DAMAGED, TRUSTED_MODULES, UNREACHABLE, atomic_path, near_matches, require, to_plain, uncompiled
-from .data.transforms import PIL_MODES
+from .data.images import PIL_MODES
 from .heads import ClassificationHead
 
 # %% ../nbs/50_hub.ipynb #51207b03

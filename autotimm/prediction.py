@@ -34,14 +34,14 @@ from torchvision.transforms.v2 import functional as tvf
 from tqdm.auto import tqdm
 
 from .boxes import scale_boxes
-from .data.readers import (BadImage, BadImageError, BadImageLog, IMAGE_SUFFIXES,
-                                   READ_MODES, Sample, list_images, load_image)
-from .data.transforms import (DensePipeline, ResizeAndCrop, TransformAdapter,
-                                      TransformConfig, dense_pipeline, eval_pipeline,
-                                      resize_image)
-from .heads.pyramid import resize_map
-from .results.images import Result
-from .results.table import Results
+from .data.images import (BadImage, BadImageError, BadImageLog, IMAGE_SUFFIXES, READ_MODES,
+                                  list_images, load_image)
+from .data.samples import Sample
+from .data.preprocessing import TransformConfig
+from .data.transforms import ResizeAndCrop, TransformAdapter, eval_pipeline, resize_image
+from .data.dense import DensePipeline, dense_pipeline
+from .heads import resize_map
+from .results import Result, Results
 
 # %% ../nbs/41_prediction.ipynb #20a7d3bc
 MAX_DOWNLOAD = 100 * 2**20

@@ -201,7 +201,8 @@ def must_be_reported(kind: str, name: str) -> bool:
 
 def read_image(path: Path) -> bytes:
     "The shape and pixels of an image, as a data set reads it."
-    from autotimm.data.readers import Sample, SampleDataset
+    from autotimm.data.samples import Sample
+    from autotimm.data.datasets import SampleDataset
     image = SampleDataset([Sample(str(path), 0)]).load(0)
     return repr(tuple(image.shape)).encode() + image.numpy().tobytes()
 
@@ -435,8 +436,9 @@ def read_samples(dataset: Any) -> Any:
 @cache
 def formats() -> dict[str, Format]:
     from autotimm import testing
-    from autotimm.data.formats import read_coco, read_csv_boxes, read_voc, read_yolo
-    from autotimm.data.readers import CSVImageDataset, MaskCodes, MaskDataset, MultiLabelImageDataset, read_masks
+    from autotimm.data.annotations import read_coco, read_csv_boxes, read_voc, read_yolo
+    from autotimm.data.masks import MaskCodes, read_masks
+    from autotimm.data.datasets import CSVImageDataset, MaskDataset, MultiLabelImageDataset
     small = dict(image_size=48, max_objects=2, seed=1)
     labels = lambda o: CSVImageDataset(o / "train.csv", o / "images")
     tags = lambda o: MultiLabelImageDataset(o / "train.csv", o / "images")
@@ -465,8 +467,8 @@ class Hang(BaseException):
 
 def one(read: Callable[[], Any], wanted: Any, names: tuple[str, ...], invalid: bool) -> tuple[str, str]:
     "How reading one file ended, and what was said."
-    from autotimm.data.coco import AnnotationError
-    from autotimm.data.readers import BadImageError
+    from autotimm.data.annotations import AnnotationError
+    from autotimm.data.images import BadImageError
     import resource
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.alarm(20)

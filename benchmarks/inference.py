@@ -22,7 +22,7 @@ from common import interleave, keep_quiet, machine, ratio, table
 from PIL import Image
 
 from autotimm import BackboneConfig, ImageClassifier, load_onnx
-from autotimm.data.readers import list_images
+from autotimm.data.images import list_images
 from autotimm.testing import make_shapes
 
 COUNT, SIZE, BATCH = 500, (500, 375), 32

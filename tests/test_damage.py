@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
-from autotimm.data.coco import AnnotationError
-from autotimm.data.formats import read_coco, read_voc, read_yolo
-from autotimm.data.objects import CSVDetectionDataset, CSVInstanceDataset
-from autotimm.data.readers import (BadImage, BadImageError, CSVImageDataset, MaskDataset, MultiLabelImageDataset, Sample, SampleDataset,
-                                   decode_image, load_image, load_mask, read_csv_split)
+from autotimm.data.annotations import AnnotationError, CSVDetectionDataset, CSVInstanceDataset, read_coco, read_voc, read_yolo
+from autotimm.data.images import BadImage, BadImageError, decode_image, load_image
+from autotimm.data.samples import Sample
+from autotimm.data.readers import read_csv_split
+from autotimm.data.masks import load_mask
+from autotimm.data.datasets import (CSVImageDataset, MaskDataset, MultiLabelImageDataset,
+                                    SampleDataset)
 from autotimm.testing import write_boxes_csv, write_coco, write_csv, write_multilabel_csv, write_voc, write_yolo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -14,9 +14,10 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DistributedSampler
 
-import autotimm.data.readers as readers
+import autotimm.data.images as images
 from autotimm.data.datamodule import ImageDataModule, ImageLoader, MultiLabelImageDataModule
-from autotimm.data.readers import BadImageError, CSVImageDataset
+from autotimm.data.images import BadImageError
+from autotimm.data.datasets import CSVImageDataset
 from autotimm.data.transforms import eval_pipeline
 from autotimm.testing import LocalHub, accept_builtin, write_cifar10, write_csv, write_folders, write_multilabel_csv
 
@@ -136,7 +137,7 @@ def test_a_truncated_jpeg_is_never_padded(tmp_path):
     Image.fromarray(noise).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     for share in (0.3, 0.6, 0.9, 0.99):
-        with pytest.raises(BadImageError): readers.decode_image(data[:int(len(data) * share)])
+        with pytest.raises(BadImageError): images.decode_image(data[:int(len(data) * share)])
 
 
 def test_lightning_replaces_the_sampler_and_keeps_the_loader(tmp_path, monkeypatch):
@@ -262,7 +263,7 @@ def test_real_photographs():
     config = dict(input_size=(3, 224, 224), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bicubic", crop_pct=0.9)
     ours, theirs = eval_pipeline(config), create_transform(**config)
     for sample in data.splits.val[::20]:
-        image = readers.load_image(sample.image)
+        image = images.load_image(sample.image)
         with Image.open(sample.image) as photo: wanted = theirs(photo.convert("RGB"))
         # Decoders differ by a level or two, and so does resizing.
         assert ((ours(image) - wanted).abs() * 255).quantile(0.999) <= 3

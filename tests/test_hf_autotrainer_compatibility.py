@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from autotimm import AutoTrainer, ImageDataModule, LoggerConfig, LoggerManager, TunerConfig
-from autotimm.data.transforms import IMAGENET_DATA_CONFIG, eval_pipeline
+from autotimm.data.preprocessing import IMAGENET_DATA_CONFIG
+from autotimm.data.transforms import eval_pipeline
 
 pytestmark = [pytest.mark.usefixtures("tiny_hub"), pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
               pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),

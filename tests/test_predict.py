@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import autotimm
 from autotimm import (AutoTrainer, BackboneConfig, DetectionDataModule, FeatureBackboneConfig, ImageClassifier, ImageDataModule,
                       InstanceSegmentationDataModule, InstanceSegmentor, ObjectDetector, SegmentationDataModule, SemanticSegmentor, YOLOXDetector)
-from autotimm.data.readers import BadImageError, load_image
+from autotimm.data.images import BadImageError, load_image
 from autotimm.testing import make_shapes, write_coco, write_folders, write_masks
 
 POOLED, MAPS = BackboneConfig("test_resnet", pretrained=False), FeatureBackboneConfig("test_resnet", pretrained=False)

@@ -32,19 +32,23 @@ from torch.utils.data import (DataLoader, RandomSampler, Sampler, SequentialSamp
                               get_worker_info)
 
 from ..core import inherit_signature, lookup
-from .annotations import Annotations
-from .formats import read_csv_boxes
-from .loading import EpochSampler, ResumableLoader
-from ..seeding import seed_of_random_state
-from .objects import (BOX_FORMATS, BoxDataset, SampleMixing, coco_reader, find_boxes,
-                                   read_box_splits)
-from .readers import (BUILTIN_DATASETS, BUILTIN_FOLDERS, ON_BAD_IMAGE, BadImage, BadImageError, BadImageLog,
-                                   CITYSCAPES_IDS, MASK_FORMATS, MaskCodes, MaskDataset, SampleDataset, Sample, Splits, builtin_dataset, encode_labels, find_builtin,
-                                   find_split_folders, load_hf_dataset, load_mask, read_builtin, read_csv_split, read_folders,
-                                   read_hf_dataset, read_mask_csv, read_masks, read_multilabel_split, split_indices)
-from .transforms import (IMAGENET_DATA_CONFIG, TransformConfig, albumentations_pipeline,
-                                      apply_transform_config, dense_pipeline, eval_pipeline, fill_colour, find_data_config,
-                                      resolve_backbone_data_config, train_pipeline)
+from .annotations import BOX_FORMATS, Annotations, BoxDataset, SampleMixing, coco_reader, find_boxes, read_box_splits, read_csv_boxes
+from .loading import EpochSampler, ResumableLoader, seed_of_random_state
+from .images import ON_BAD_IMAGE, BadImage, BadImageError, BadImageLog
+from .samples import (Sample, Splits, encode_labels, find_split_folders, read_folders,
+                                   split_indices)
+from .readers import (BUILTIN_DATASETS, BUILTIN_FOLDERS, builtin_dataset, find_builtin,
+                                   load_hf_dataset, read_builtin, read_csv_split, read_hf_dataset,
+                                   read_multilabel_split)
+from .masks import (CITYSCAPES_IDS, MASK_FORMATS, MaskCodes, load_mask, read_mask_csv,
+                                 read_masks)
+from .datasets import MaskDataset, SampleDataset
+from .preprocessing import (IMAGENET_DATA_CONFIG, TransformConfig,
+                                         apply_transform_config, find_data_config,
+                                         resolve_backbone_data_config)
+from .transforms import (albumentations_pipeline, eval_pipeline, fill_colour,
+                                      train_pipeline)
+from .dense import dense_pipeline
 from ..viz import Table, show_boxes, show_images, show_masks
 
 # %% ../../nbs/38_data_datamodule.ipynb #a911ef6b

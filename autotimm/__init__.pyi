@@ -45,15 +45,22 @@ from .core import (
     count_parameters as count_parameters,
     seed_everything as seed_everything,
 )
-from .data.coco import AnnotationError as AnnotationError
-from .data.datamodule import (
-    DetectionDataModule as DetectionDataModule,
+from .data.annotations import (
+    AnnotationError as AnnotationError,
+    CSVDetectionDataset as CSVDetectionDataset,
+    CSVInstanceDataset as CSVInstanceDataset,
+)
+from .data.datamodule.images import (
     ImageDataModule as ImageDataModule,
-    InstanceSegmentationDataModule as InstanceSegmentationDataModule,
     MultiLabelImageDataModule as MultiLabelImageDataModule,
     SegmentationDataModule as SegmentationDataModule,
 )
-from .data.datasets import (
+from .data.datamodule.objects import (
+    DetectionDataModule as DetectionDataModule,
+    InstanceSegmentationDataModule as InstanceSegmentationDataModule,
+)
+from .data.readers import (
+    BadImageError as BadImageError,
     CSVImageDataset as CSVImageDataset,
     MultiLabelImageDataset as MultiLabelImageDataset,
 )

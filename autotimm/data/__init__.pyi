@@ -1,12 +1,19 @@
-from .coco import AnnotationError as AnnotationError
-from .datamodule import (
-    DetectionDataModule as DetectionDataModule,
+from .annotations import (
+    AnnotationError as AnnotationError,
+    CSVDetectionDataset as CSVDetectionDataset,
+    CSVInstanceDataset as CSVInstanceDataset,
+)
+from .datamodule.images import (
     ImageDataModule as ImageDataModule,
-    InstanceSegmentationDataModule as InstanceSegmentationDataModule,
     MultiLabelImageDataModule as MultiLabelImageDataModule,
     SegmentationDataModule as SegmentationDataModule,
 )
-from .datasets import (
+from .datamodule.objects import (
+    DetectionDataModule as DetectionDataModule,
+    InstanceSegmentationDataModule as InstanceSegmentationDataModule,
+)
+from .readers import (
+    BadImageError as BadImageError,
     CSVImageDataset as CSVImageDataset,
     MultiLabelImageDataset as MultiLabelImageDataset,
 )

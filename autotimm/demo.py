@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .backbones.backbone import create_backbone
 from .core import atomic_path, count_parameters, require, seed_everything
-from .data.datamodule import ImageDataModule
+from .data.datamodule.images import ImageDataModule
 from .tasks.classification import ImageClassifier
 from .testing.hub import LocalHub
 from .trainer import AutoTrainer

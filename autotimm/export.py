@@ -1105,7 +1105,7 @@ def measure_masks(
     "Mean IoU, over the pixels that are not ignored."
     from torchmetrics.classification import MulticlassJaccardIndex
 
-    from autotimm.data.datamodule import check_masks
+    from autotimm.batches import check_masks
     classes, ignored, images = int(model.metadata["num_classes"]), int(model.metadata.get("ignore_index", 255)), 0
     metric = MulticlassJaccardIndex(classes)
     for batch in data:
@@ -1122,8 +1122,8 @@ def measure_objects(
     data: Iterable[Any],                            # batches as it is trained on: dicts with images, boxes and labels, for masks also masks
 ) -> tuple[float, int]:                             # 0 to 1, and the number of images
     "COCO's mean average precision, of masks where there are such."
-    from autotimm.data.datamodule import check_targets, read_targets
-    from autotimm.metrics.config import MeanAveragePrecision
+    from autotimm.batches import check_targets, read_targets
+    from autotimm.metrics import MeanAveragePrecision
     masks, images = model.task_name == "instance_segmentation", 0
     metric = MeanAveragePrecision(iou_type="segm" if masks else "bbox")
     for batch in data:

@@ -40,10 +40,9 @@ from .backbones.config import BackboneConfig, FeatureBackboneConfig
 from .backbones.sources import HubError
 from .checkpoints import LAST_NAME, find_last, named_errors
 from .core import atomic_path, import_object, is_rank_zero, lookup, quiet, require, say
-from .data.datamodule import (DetectionDataModule, ImageDataModule, InstanceSegmentationDataModule, MultiLabelImageDataModule,
-                                      SegmentationDataModule)
-from .data.images import BadImageError
-from .data.samples import find_split_folders
+from .data.datamodule.images import ImageDataModule, MultiLabelImageDataModule, SegmentationDataModule
+from .data.datamodule.objects import DetectionDataModule, InstanceSegmentationDataModule
+from .data.readers import BadImageError, find_split_folders
 from .hub import save_pretrained
 from .metrics import default_metrics
 from .report import write_report

@@ -14,10 +14,10 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DistributedSampler
 
-import autotimm.data.images as images
-from autotimm.data.datamodule import ImageDataModule, ImageLoader, MultiLabelImageDataModule
-from autotimm.data.images import BadImageError
-from autotimm.data.datasets import CSVImageDataset
+import autotimm.data.readers as readers
+from autotimm.data.datamodule import ImageDataModule, MultiLabelImageDataModule
+from autotimm.data.image_loader import ImageLoader
+from autotimm.data.readers import BadImageError, CSVImageDataset
 from autotimm.data.transforms import eval_pipeline
 from autotimm.testing import LocalHub, accept_builtin, write_cifar10, write_csv, write_folders, write_multilabel_csv
 
@@ -238,7 +238,7 @@ def test_class_map_and_unknown_classes(tmp_path):
 
 
 def test_no_optional_library_is_imported():
-    code = ("import sys, autotimm.data.datamodule, autotimm.viz; "
+    code = ("import sys, autotimm.data.datamodule.images, autotimm.data.datamodule.objects, autotimm.viz; "
             "print([m for m in ('pandas', 'datasets', 'albumentations', 'cv2', 'sklearn') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -24,12 +24,9 @@ from torchmetrics import MeanMetric
 from ..backbones.backbone import FeatureBackbone, create_backbone, create_feature_backbone
 from ..calibration import Calibration, calibrate_logits, collect_logits
 from ..core import TRUSTED_MODULES, deterministic_algorithms, inherit_signature, lookup, object_path, seeded, to_plain
-from ..data.datamodule import count_epochs
-from ..data.images import to_uint8_image
-from ..data.preprocessing import TransformConfig, apply_transform_config
-from ..data.transforms import (ImagePipeline, ToUint8, TransformAdapter,
-                                      get_transforms_from_backbone)
-from ..data.dense import ImageOnly, dense_pipeline
+from ..data.datamodule.objects import count_epochs
+from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapter, TransformConfig, apply_transform_config,
+                                      dense_pipeline, get_transforms_from_backbone, to_uint8_image)
 from ..export import export_to_onnx, export_to_torchscript
 from ..lightning_parts import trainer_of
 from ..losses.classification import local_counts

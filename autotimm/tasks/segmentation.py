@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import inherit_signature
-from ..data.datamodule import check_masks
-from ..heads.output import create_segmentation_head
-from ..heads.pyramid import resize_map
-from ..losses.segmentation import create_segmentation_loss
-from ..metrics.config import default_metrics, STAGES
-from ..metrics.manager import MetricManager
+from ..batches import check_masks
+from ..heads import create_segmentation_head, resize_map
+from ..losses import create_segmentation_loss
+from ..metrics import STAGES, MetricManager, default_metrics
 from ..prediction import PrepareNative, logits_to_classes
 from ..results.images import SegmentationResult
 from .base import DenseTask, Step

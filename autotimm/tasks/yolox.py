@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import inherit_signature, lookup
-from ..data.datamodule import count_epochs
+from ..data.datamodule.objects import count_epochs
 from ..lightning_parts import trainer_of
 from ..heads.pyramid import Pyramid
 from ..losses.detection import YOLOXLoss

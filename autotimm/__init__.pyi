@@ -70,26 +70,26 @@ from .data.preprocessing import (
     list_transform_presets as list_transform_presets,
     resolve_backbone_data_config as resolve_backbone_data_config,
 )
-from .data.transforms import (
-    create_inference_transform as create_inference_transform,
-    get_transforms_from_backbone as get_transforms_from_backbone,
-)
-from .export import (
-    ExportError as ExportError,
-    OnnxModel as OnnxModel,
+from .export.int8 import quantize_onnx as quantize_onnx
+from .export.onnx import (
     export_checkpoint_to_onnx as export_checkpoint_to_onnx,
+    export_to_onnx as export_to_onnx,
+)
+from .export.program import (
     export_checkpoint_to_torchscript as export_checkpoint_to_torchscript,
     export_program as export_program,
-    export_to_onnx as export_to_onnx,
     export_to_torchscript as export_to_torchscript,
-    load_onnx as load_onnx,
     load_program as load_program,
     load_torchscript as load_torchscript,
-    quantize_onnx as quantize_onnx,
-    validate_onnx_export as validate_onnx_export,
     validate_torchscript_export as validate_torchscript_export,
 )
-from .heads.output import (
+from .export.results import ExportError as ExportError
+from .export.runtime import (
+    OnnxModel as OnnxModel,
+    load_onnx as load_onnx,
+    validate_onnx_export as validate_onnx_export,
+)
+from .heads import (
     ASPP as ASPP,
     ClassificationHead as ClassificationHead,
     DeepLabV3PlusHead as DeepLabV3PlusHead,

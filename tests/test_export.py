@@ -506,7 +506,7 @@ def test_a_home_folder_is_expanded_for_torchscript_too(tmp_path, monkeypatch):
 
 
 def test_weights_that_do_not_fit_in_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("autotimm.export._LARGEST", 1000)
+    monkeypatch.setattr("autotimm.export.onnx._LARGEST", 1000)
     model, path, x = nn.Linear(64, 32), tmp_path / "a.onnx", torch.randn(2, 64)
     with pytest.raises(ExportError, match="external_data=None"): export_to_onnx(model, path, x, external_data=False)
     assert not list(tmp_path.iterdir())

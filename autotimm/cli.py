@@ -121,7 +121,7 @@ def load_model(
 ) -> Any:                     # has `predict`
     "The model that a name stands for."
     if name.endswith(".onnx"):
-        from autotimm.export import load_onnx
+        from autotimm.export.runtime import load_onnx
         return load_onnx(name)
     from autotimm.hub.save import load_pretrained
     if name.endswith(".ckpt"): return load_checkpoint(name)
@@ -190,7 +190,9 @@ def _print_results(results: Any) -> None:
 # %% ../nbs/89_cli.ipynb #774719f8
 def do_export(args: argparse.Namespace) -> None:
     "Export a model, checked against it."
-    from autotimm.export import export_program, export_to_onnx, export_to_torchscript, quantize_onnx
+    from autotimm.export.int8 import quantize_onnx
+    from autotimm.export.onnx import export_to_onnx
+    from autotimm.export.program import export_program, export_to_torchscript
     kind = getattr(args, "format", None) or {".onnx": "onnx", ".pt": "torchscript", ".ts": "torchscript", ".pt2": "program"}.get(Path(args.out).suffix)
     if kind is None: raise ValueError(f"--out {args.out}: its name ends on neither .onnx, .pt nor .pt2. Say --format onnx, torchscript or program.")
     if kind != "onnx" and (hasattr(args, "int8") or hasattr(args, "opset")): raise ValueError("--int8 and --opset are for --format onnx.")

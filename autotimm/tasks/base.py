@@ -27,7 +27,8 @@ from ..core import TRUSTED_MODULES, deterministic_algorithms, inherit_signature,
 from ..data.datamodule.objects import count_epochs
 from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapter, TransformConfig, apply_transform_config,
                                       dense_pipeline, get_transforms_from_backbone, to_uint8_image)
-from ..export import export_to_onnx, export_to_torchscript
+from ..export.onnx import export_to_onnx
+from ..export.program import export_to_torchscript
 from ..lightning_parts import trainer_of
 from ..losses.classification import local_counts
 from ..metrics.config import LoggingConfig, MetricConfig, STAGES

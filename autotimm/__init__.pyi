@@ -147,9 +147,9 @@ from .tasks.instance import InstanceSegmentor as InstanceSegmentor
 from .tasks.segmentation import SemanticSegmentor as SemanticSegmentor
 from .tasks.yolox import YOLOXDetector as YOLOXDetector
 from .trainer import AutoTrainer as AutoTrainer
-from .training_cli.options import AutoTimmCLI as AutoTimmCLI
-from .tuning import TunerConfig as TunerConfig
-from .yolox.network import (
+from .training_cli import AutoTimmCLI as AutoTimmCLI
+from .tuning.trials import TunerConfig as TunerConfig
+from .yolox import (
     CSPDarknet as CSPDarknet,
     PAFPN as PAFPN,
     YOLOX as YOLOX,

@@ -42,8 +42,9 @@ from .lightning_parts import change_loaders, let_lightning_deal
 from .loggers import LoggerConfig, LoggerManager, continue_logger, logger_identity, logger_state, restart_logger
 from .metrics.processes import gather_processes
 from .resuming.run import RunState
-from .tuning import (Data, LearningRateResult, TunerConfig, Tuning, resized_loaders, scale_model_rate, search_together,
-                             set_highest_rates, set_size, wants_rate, wants_size)
+from .tuning.rate import LearningRateResult, scale_model_rate, set_highest_rates
+from .tuning.size import Tuning, search_together, set_size, wants_size
+from .tuning.trials import Data, TunerConfig, resized_loaders, wants_rate
 
 # %% ../nbs/79_trainer.ipynb #0069f6c5
 @dataclass

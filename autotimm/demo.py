@@ -7,7 +7,7 @@ __all__ = ['TIMM_ID', 'TRANSFORMERS_ID', 'write_digits', 'OwnClassifier', 'Route
            'small_routes', 'given_routes', 'some_test_images', 'RouteResult', 'train_route', 'draw_predictions',
            'draw_curves', 'run_demo']
 
-# %% ../nbs/85_demo.ipynb #d140a0fd
+# %% ../nbs/85_demo.ipynb #fd610ee9
 import contextlib
 import os
 import time
@@ -29,7 +29,7 @@ from .testing.hub import LocalHub
 from .trainer import AutoTrainer
 from .viz import Table, plot_curves, save_figure, show_images
 
-# %% ../nbs/85_demo.ipynb #90386a5e
+# %% ../nbs/85_demo.ipynb #bc7d04a6
 def _split_digits(targets: Any, seed: int) -> dict[str, list[int]]:
     "Indices of the three stages, stratified by class."
     split = require("sklearn.model_selection", extra="demo").train_test_split
@@ -54,7 +54,7 @@ def write_digits(
                 Image.fromarray((digits.images[i] * 255 / 16).astype("uint8")).save(path)
     return root
 
-# %% ../nbs/85_demo.ipynb #70258770
+# %% ../nbs/85_demo.ipynb #a2657f31
 def _pool(outputs: Any) -> Tensor:
     "One vector an image, (B, C), from what a vision model of transformers returns."
     pooled, last = getattr(outputs, "pooler_output", None), outputs.last_hidden_state
@@ -111,7 +111,7 @@ class OwnClassifier(pl.LightningModule):
         schedule = {"scheduler": one_cycle, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-# %% ../nbs/85_demo.ipynb #2e9da8bb
+# %% ../nbs/85_demo.ipynb #d9895242
 @dataclass
 class Route:
     "One way to a model."
@@ -119,7 +119,7 @@ class Route:
     how: str                              # the call that shows it
     build: Callable[[int], Any]           # number of classes -> LightningModule
 
-# %% ../nbs/85_demo.ipynb #b32c4419
+# %% ../nbs/85_demo.ipynb #23b77847
 TIMM_ID, TRANSFORMERS_ID = "autotimm-demo/timm-resnet", "autotimm-demo/transformers-resnet"
 
 def small_resnet_config(
@@ -130,7 +130,7 @@ def small_resnet_config(
     return transformers.ResNetConfig(embedding_size=32, hidden_sizes=widths, depths=[1, 1, 1],
                                      layer_type="basic")
 
-# %% ../nbs/85_demo.ipynb #184eaefa
+# %% ../nbs/85_demo.ipynb #511a5049
 @contextlib.contextmanager
 def demo_hub(
     needed: bool = True,      # False: nothing is started
@@ -144,7 +144,7 @@ def demo_hub(
         hub.add_transformers(TRANSFORMERS_ID, small_resnet_config([48, 96, 192]))
         yield
 
-# %% ../nbs/85_demo.ipynb #fdfcc0b7
+# %% ../nbs/85_demo.ipynb #ef6a148b
 def small_routes() -> list[Route]:
     "The three routes with the demo's own models."
     transformers = require("transformers", extra="demo", why="The demo's routes 2 and 3")
@@ -162,7 +162,7 @@ def small_routes() -> list[Route]:
             Route("3 transformers, Auto", f'AutoModel.from_pretrained("{TRANSFORMERS_ID}") {own}',
                   auto)]
 
-# %% ../nbs/85_demo.ipynb #f06b0282
+# %% ../nbs/85_demo.ipynb #7f43f235
 def given_routes(
     backbone: str,            # timm name, Hub id or folder
 ) -> list[Route]:             # the routes that can load it
@@ -187,7 +187,7 @@ def given_routes(
     return [first, Route("2 transformers, direct", f"{kind.__name__}(config) {own}", direct),
             Route("3 transformers, Auto", f'AutoModel.from_pretrained("{backbone}") {own}', auto)]
 
-# %% ../nbs/85_demo.ipynb #cdaaa076
+# %% ../nbs/85_demo.ipynb #e38fcd7a
 def some_test_images(
     data: ImageDataModule,      # set up for the model at hand
     count: int = 24,            # images at most
@@ -198,7 +198,7 @@ def some_test_images(
     chosen = [images[int(i)] for i in order]
     return torch.stack([o[0] for o in chosen]), [int(o[1]) for o in chosen]
 
-# %% ../nbs/85_demo.ipynb #5a9d5ece
+# %% ../nbs/85_demo.ipynb #9b212966
 @dataclass
 class RouteResult:
     "A trained model, and how well it does."
@@ -210,7 +210,7 @@ class RouteResult:
     history: list[dict[str, Any]]  # one dict for each epoch
     predicted: list[int]      # class ids of the images in the picture
 
-# %% ../nbs/85_demo.ipynb #e6dc2ae6
+# %% ../nbs/85_demo.ipynb #a862aaca
 def train_route(
     route: Route,             # which way
     data: ImageDataModule,    # the same for all
@@ -236,7 +236,7 @@ def train_route(
     return RouteResult(route, model, count_parameters(model), seconds, metrics["test/accuracy"],
                        trainer.history, predicted)
 
-# %% ../nbs/85_demo.ipynb #6ae9a9d9
+# %% ../nbs/85_demo.ipynb #be1479bb
 def draw_predictions(
     results: list[RouteResult],   # one for each route
     data: ImageDataModule,        # set up
@@ -253,7 +253,7 @@ def draw_predictions(
                          colors=colors)
     save_figure(figure, path)
 
-# %% ../nbs/85_demo.ipynb #38d68788
+# %% ../nbs/85_demo.ipynb #c841bffe
 def draw_curves(
     results: list[RouteResult],   # one for each route
     path: Path,                   # PNG to write
@@ -265,7 +265,7 @@ def draw_curves(
               for quantity in ("accuracy", "loss") for o in results}
     save_figure(plot_curves(curves, width=4.5, height=3.2), path)
 
-# %% ../nbs/85_demo.ipynb #1f266583
+# %% ../nbs/85_demo.ipynb #b6eee8c3
 def _choose_routes(backbone: str | None, say: Callable[[str], Any]) -> list[Route]:
     "The routes, with a sentence on why these."
     if backbone is None:
@@ -288,7 +288,7 @@ def _demo_data(data: str | os.PathLike | None, small: bool, out: Path) -> ImageD
     module.setup("fit")
     return module
 
-# %% ../nbs/85_demo.ipynb #a1f667e5
+# %% ../nbs/85_demo.ipynb #5bc7ec00
 def run_demo(
     data: str | os.PathLike | None = None,            # folder of images; None: handwritten digits
     backbone: str | None = None,                      # one model in place of the small ones

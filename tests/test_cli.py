@@ -232,7 +232,7 @@ def test_convert_both_ways(run, here, capsys):
     x = torch.rand(2, 3, 32, 32)
     models = [ImageClassifier.load_from_checkpoint(o) for o in (checkpoint, "back.ckpt")]
     assert torch.equal(models[0](x), models[1](x)) and models[0].class_names == models[1].class_names
-    assert main(["convert", str(checkpoint), "folder"]) == 1 and "not written over" in capsys.readouterr().err
+    assert main(["convert", str(checkpoint), "folder"]) == 1 and "not overwritten" in capsys.readouterr().err
     assert main(["convert", "folder", "other"]) == 1 and ".ckpt" in capsys.readouterr().err
 
 

@@ -45,11 +45,7 @@ from .core import (
     count_parameters as count_parameters,
     seed_everything as seed_everything,
 )
-from .data.annotations import (
-    AnnotationError as AnnotationError,
-    CSVDetectionDataset as CSVDetectionDataset,
-    CSVInstanceDataset as CSVInstanceDataset,
-)
+from .data.coco import AnnotationError as AnnotationError
 from .data.datamodule.images import (
     ImageDataModule as ImageDataModule,
     MultiLabelImageDataModule as MultiLabelImageDataModule,
@@ -59,16 +55,23 @@ from .data.datamodule.objects import (
     DetectionDataModule as DetectionDataModule,
     InstanceSegmentationDataModule as InstanceSegmentationDataModule,
 )
-from .data.readers import (
-    BadImageError as BadImageError,
+from .data.datasets import (
     CSVImageDataset as CSVImageDataset,
     MultiLabelImageDataset as MultiLabelImageDataset,
 )
 from .data.images import BadImageError as BadImageError
+from .data.objects import (
+    CSVDetectionDataset as CSVDetectionDataset,
+    CSVInstanceDataset as CSVInstanceDataset,
+)
 from .data.preprocessing import (
     TransformConfig as TransformConfig,
     list_transform_presets as list_transform_presets,
     resolve_backbone_data_config as resolve_backbone_data_config,
+)
+from .data.transforms import (
+    create_inference_transform as create_inference_transform,
+    get_transforms_from_backbone as get_transforms_from_backbone,
 )
 from .export.int8 import quantize_onnx as quantize_onnx
 from .export.onnx import (
@@ -89,7 +92,7 @@ from .export.runtime import (
     load_onnx as load_onnx,
     validate_onnx_export as validate_onnx_export,
 )
-from .heads import (
+from .heads.output import (
     ASPP as ASPP,
     ClassificationHead as ClassificationHead,
     DeepLabV3PlusHead as DeepLabV3PlusHead,
@@ -99,6 +102,7 @@ from .heads import (
     MaskHead as MaskHead,
     UPerNetHead as UPerNetHead,
 )
+from .heads.pyramid import FPN as FPN
 from .hub.push import push_to_hub as push_to_hub
 from .hub.save import (
     load_pretrained as load_pretrained,
@@ -147,9 +151,9 @@ from .tasks.instance import InstanceSegmentor as InstanceSegmentor
 from .tasks.segmentation import SemanticSegmentor as SemanticSegmentor
 from .tasks.yolox import YOLOXDetector as YOLOXDetector
 from .trainer import AutoTrainer as AutoTrainer
-from .training_cli import AutoTimmCLI as AutoTimmCLI
+from .training_cli.options import AutoTimmCLI as AutoTimmCLI
 from .tuning.trials import TunerConfig as TunerConfig
-from .yolox import (
+from .yolox.network import (
     CSPDarknet as CSPDarknet,
     PAFPN as PAFPN,
     YOLOX as YOLOX,

@@ -40,8 +40,9 @@ from .data.samples import Sample
 from .data.preprocessing import TransformConfig
 from .data.transforms import ResizeAndCrop, TransformAdapter, eval_pipeline, resize_image
 from .data.dense import DensePipeline, dense_pipeline
-from .heads import resize_map
-from .results import Result, Results
+from .heads.pyramid import resize_map
+from .results.images import Result
+from .results.table import Results
 
 # %% ../nbs/41_prediction.ipynb #20a7d3bc
 MAX_DOWNLOAD = 100 * 2**20

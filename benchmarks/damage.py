@@ -436,7 +436,7 @@ def read_samples(dataset: Any) -> Any:
 @cache
 def formats() -> dict[str, Format]:
     from autotimm import testing
-    from autotimm.data.annotations import read_coco, read_csv_boxes, read_voc, read_yolo
+    from autotimm.data.formats import read_coco, read_csv_boxes, read_voc, read_yolo
     from autotimm.data.masks import MaskCodes, read_masks
     from autotimm.data.datasets import CSVImageDataset, MaskDataset, MultiLabelImageDataset
     small = dict(image_size=48, max_objects=2, seed=1)
@@ -467,7 +467,7 @@ class Hang(BaseException):
 
 def one(read: Callable[[], Any], wanted: Any, names: tuple[str, ...], invalid: bool) -> tuple[str, str]:
     "How reading one file ended, and what was said."
-    from autotimm.data.annotations import AnnotationError
+    from autotimm.data.coco import AnnotationError
     from autotimm.data.images import BadImageError
     import resource
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

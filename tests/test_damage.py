@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
-from autotimm.data.annotations import AnnotationError, CSVDetectionDataset, CSVInstanceDataset, read_coco, read_voc, read_yolo
+from autotimm.data.coco import AnnotationError
+from autotimm.data.formats import read_coco, read_voc, read_yolo
+from autotimm.data.objects import CSVDetectionDataset, CSVInstanceDataset
 from autotimm.data.images import BadImage, BadImageError, decode_image, load_image
 from autotimm.data.samples import Sample
 from autotimm.data.readers import read_csv_split

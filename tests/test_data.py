@@ -14,10 +14,11 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DistributedSampler
 
-import autotimm.data.readers as readers
+import autotimm.data.images as images
 from autotimm.data.datamodule import ImageDataModule, MultiLabelImageDataModule
 from autotimm.data.image_loader import ImageLoader
-from autotimm.data.readers import BadImageError, CSVImageDataset
+from autotimm.data.datasets import CSVImageDataset
+from autotimm.data.images import BadImageError
 from autotimm.data.transforms import eval_pipeline
 from autotimm.testing import LocalHub, accept_builtin, write_cifar10, write_csv, write_folders, write_multilabel_csv
 

@@ -53,6 +53,35 @@ def test_the_stub_of_a_package_is_what_it_holds(path):
         assert getattr(getattr(package, name), "__module__", place) == place, f"{name} is defined elsewhere"
 
 
+NAMES = """
+    ASPP AnnotationError AutoTimmCLI AutoTrainer Backbone BackboneConfig BadImageError
+    CSPDarknet CSVDetectionDataset CSVImageDataset CSVInstanceDataset Calibration
+    CenternessLoss ClassificationHead ClassificationResult CombinedSegmentationLoss
+    DeepLabV3PlusHead DetectionDataModule DetectionHead DetectionResult DiceLoss ExportError
+    FCNHead FCOSLoss FPN FPNHead FeatureBackboneConfig FocalLoss FocalLossPixelwise GIoULoss
+    HubError ImageClassifier ImageDataModule InstanceSegmentationDataModule
+    InstanceSegmentor LoggerConfig LoggerManager LoggingConfig MaskHead MaskLoss
+    MetricConfig MetricManager MissingExtraError ModelSource MultiLabelImageDataModule
+    MultiLabelImageDataset ObjectDetector OnnxModel PAFPN Result Results
+    SegmentationDataModule SegmentationResult SemanticSegmentor TransformConfig TunerConfig
+    TverskyLoss UPerNetHead VisionTask YOLOX YOLOXDetector YOLOXHead YOLOXLoss build_yolox
+    count_parameters create_app create_backbone create_feature_backbone
+    create_inference_transform export_checkpoint_to_onnx export_checkpoint_to_torchscript
+    export_program export_to_onnx export_to_torchscript get_feature_channels
+    get_feature_info get_feature_strides get_model_source get_transforms_from_backbone
+    get_yolox_model_info list_backbones list_hf_hub_backbones list_losses list_optimizers
+    list_schedulers list_transform_presets list_yolox_backbones list_yolox_heads
+    list_yolox_models list_yolox_necks load_official_yolox load_onnx load_pretrained
+    load_program load_torchscript push_to_hub quantize_onnx resolve_backbone_data_config
+    save_pretrained seed_everything validate_onnx_export validate_torchscript_export
+""".split()
+
+
+def test_no_public_name_is_lost():
+    "What users import from `autotimm`; a name may be added here, and none goes."
+    assert sorted(autotimm.__all__) == NAMES
+
+
 def test_each_package_has_a_stub():
     assert [o.parent for o in STUBS] == sorted(o.parent for o in PACKAGE.rglob("__init__.py"))
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from autotimm import ImageClassifier, ObjectDetector
 from autotimm.backbones import BackboneConfig, FeatureBackboneConfig
-from autotimm.data.annotations import rle_decode, rle_encode
+from autotimm.masks import rle_decode, rle_encode
 from autotimm.data.images import load_image
 from autotimm.results import ClassificationResult, DetectionResult, Results, SegmentationResult
 from autotimm.testing import make_shapes

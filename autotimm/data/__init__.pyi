@@ -1,8 +1,4 @@
-from .annotations import (
-    AnnotationError as AnnotationError,
-    CSVDetectionDataset as CSVDetectionDataset,
-    CSVInstanceDataset as CSVInstanceDataset,
-)
+from .coco import AnnotationError as AnnotationError
 from .datamodule.images import (
     ImageDataModule as ImageDataModule,
     MultiLabelImageDataModule as MultiLabelImageDataModule,
@@ -12,12 +8,15 @@ from .datamodule.objects import (
     DetectionDataModule as DetectionDataModule,
     InstanceSegmentationDataModule as InstanceSegmentationDataModule,
 )
-from .readers import (
-    BadImageError as BadImageError,
+from .datasets import (
     CSVImageDataset as CSVImageDataset,
     MultiLabelImageDataset as MultiLabelImageDataset,
 )
 from .images import BadImageError as BadImageError
+from .objects import (
+    CSVDetectionDataset as CSVDetectionDataset,
+    CSVInstanceDataset as CSVInstanceDataset,
+)
 from .preprocessing import (
     TransformConfig as TransformConfig,
     list_transform_presets as list_transform_presets,

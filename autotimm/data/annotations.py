@@ -19,16 +19,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..core import atomic_path, lookup, near_matches, require
-from .images import (BROKEN_IMAGE, IMAGE_SUFFIXES, BadImageError, list_images,
-                                  open_image)
-from .samples import SPLIT_FOLDERS, Sample, sort_labels
-from .readers import image_root, label_text, pick_column, read_table, read_text
-from .masks import latest_voc
-from .datasets import DenseDataset
-from .transforms import is_albumentations, to_model_input
-from .dense import (OBJECT_PARTS, DensePipeline, as_dense_sample, mixup_samples,
-                                 mosaic, take_objects)
+from .coco import AnnotationError, Problem, describe_problems, repeated
+from .images import BadImageError, BROKEN_IMAGE, open_image
+from .samples import Sample
+from ..masks import (AnnotationArrays, Columns, Ragged, as_decimals, empty_masks,
+                            mask_columns, polygon_mask, ranges, rle_decode, rle_encode)
 
 # %% ../../nbs/34_data_annotations.ipynb #329c0232
 def image_size(

@@ -26,11 +26,14 @@ from ..core import lookup
 from .annotations import Annotations
 from .formats import (YAML_FILES, read_coco, read_csv_boxes, read_voc, read_yolo,
                                    split_folder, voc_list, yolo_config)
-from .readers import (SPLIT_FOLDERS, BadImageError, DenseDataset, latest_voc,
-                                   read_text)
-from .transforms import (OBJECT_PARTS, DensePipeline, as_dense_sample,
-                                      is_albumentations, mixup_samples, mosaic, take_objects,
-                                      to_model_input)
+from .datasets import DenseDataset
+from .images import BadImageError
+from .masks import latest_voc
+from .readers import read_text
+from .samples import SPLIT_FOLDERS
+from .dense import (as_dense_sample, DensePipeline, mixup_samples, mosaic,
+                                 OBJECT_PARTS, take_objects)
+from .transforms import is_albumentations, to_model_input
 
 # %% ../../nbs/36_data_objects.ipynb #456da21f
 Readers = dict[str, Callable[..., Annotations]]    # 'train', 'val', 'test' -> its reader

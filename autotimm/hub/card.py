@@ -25,7 +25,7 @@ from yaml import YAMLError
 from ..backbones.backbone import Backbone, FeatureBackbone
 from ..backbones.sources import ModelSource
 from ..core import to_plain
-from ..data.transforms import PIL_MODES
+from ..data.images import PIL_MODES
 from .formats import FORMATS, class_names_of, has_own_backbone, is_linear_classifier
 
 # %% ../../nbs/51_hub_card.ipynb #26a70d1e

@@ -25,7 +25,8 @@ from typing import Any
 import timm
 import torch
 
-from ..backbones.backbone import Backbone, build_from_folder
+from ..backbones.backbone import Backbone
+from ..backbones.build import build_from_folder
 from ..backbones.config import BackboneConfig
 from ..backbones.fetch import fetch_model
 from ..backbones.files import check_replaceable, ModelFiles, read_autotimm_block, read_json

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 
 from ..core import atomic_path
-from ..data.readers import BadImage
+from ..data.images import BadImage
 from .page import (Card, Section, class_table, confused_pairs, label_table, ratio,
                                   to_jpeg, to_page)
 from ..tasks.base import VisionTask

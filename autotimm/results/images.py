@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from ..core import atomic_path
-from ..data.readers import load_image
+from ..data.images import load_image
 from ..masks import rle_encode
 from ..viz import class_colors, show_boxes, show_images, show_masks
 

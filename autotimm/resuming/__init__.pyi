@@ -7,12 +7,12 @@ from .run import (
 )
 from .state import (
     BATCH as BATCH,
-    EPOCH as EPOCH,
-    STOPPED as STOPPED,
-    VALIDATION as VALIDATION,
     BatchStart as BatchStart,
+    EPOCH as EPOCH,
     EpochStart as EpochStart,
     RunHistory as RunHistory,
+    STOPPED as STOPPED,
+    VALIDATION as VALIDATION,
     begin_epoch_again as begin_epoch_again,
     enter_epoch_again as enter_epoch_again,
     metric_states as metric_states,

@@ -156,7 +156,7 @@ def load_model(
     "The model to serve. Raises `TypeError` for what cannot predict."
     if isinstance(model, (str, os.PathLike)):
         if str(model).endswith(".onnx"):
-            from autotimm.export import load_onnx
+            from autotimm.export.runtime import load_onnx
             return load_onnx(model)
         from autotimm.hub.save import load_pretrained
         return load_pretrained(model)

@@ -27,8 +27,8 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..data.readers import BadImageError, decode_image
-from ..data.transforms import to_uint8_image
+from ..data.images import BadImageError, decode_image
+from ..data.images import to_uint8_image
 
 # %% ../../nbs/82_serve_batching.ipynb #c017e6ac
 class Refusal(Exception):

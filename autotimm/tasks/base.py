@@ -21,14 +21,12 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from ..backbones.backbone import FeatureBackbone, create_backbone, create_feature_backbone
-from ..calibration import Calibration, calibrate_logits, collect_logits
-from ..core import TRUSTED_MODULES, deterministic_algorithms, inherit_signature, lookup, object_path, seeded, to_plain
-from ..data.datamodule.objects import count_epochs
-from ..data.transforms import (ImageOnly, ImagePipeline, ToUint8, TransformAdapter, TransformConfig, apply_transform_config,
-                                      dense_pipeline, get_transforms_from_backbone, to_uint8_image)
-from ..export.onnx import export_to_onnx
-from ..export.program import export_to_torchscript
+from ..backbones.backbone import FeatureBackbone, create_feature_backbone
+from ..core import lookup
+from ..data.dense import dense_pipeline, ImageOnly
+from ..data.preprocessing import TransformConfig
+from ..data.transforms import ImagePipeline, ToUint8
+from ..heads.pyramid import Pyramid
 from ..lightning_parts import trainer_of
 from ..losses.classification import local_counts
 from ..metrics.config import LoggingConfig, MetricConfig, STAGES

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..core import lookup
 from ..batches import check_batch
-from ..heads import ClassificationHead
-from ..losses import CrossEntropyLoss, create_loss
-from ..metrics import default_metrics
+from ..heads.output import ClassificationHead
+from ..losses.classification import create_loss, CrossEntropyLoss
+from ..metrics.config import default_metrics
 from ..prediction import PrepareCrops, prepare_classification
 from ..results.images import ClassificationResult
 from .base import Step, VisionTask

@@ -21,9 +21,10 @@ from ..boxes import (FCOSTargets, SimOTATargets, assign_fcos, assign_simota, dec
                             level_points, ltrb_to_xyxy, point_strides, scale_boxes)
 from ..core import inherit_signature, lookup
 from ..batches import check_targets, read_targets
-from ..heads import FPN, DetectionHead
-from ..losses import FCOSLoss, YOLOXLoss
-from ..metrics import default_metrics
+from ..heads.output import DetectionHead
+from ..heads.pyramid import FPN
+from ..losses.detection import FCOSLoss, YOLOXLoss
+from ..metrics.config import default_metrics
 from ..prediction import detections_to_original, flip_detections, merge_detections
 from ..results.images import DetectionResult
 from .base import DenseTask, Step

@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..backbones.backbone import create_backbone
-from ..data.datamodule import count_epochs
+from ..data.datamodule.objects import count_epochs
 from ..lightning_parts import trainer_of
 from ..optim.optimizers import create_optimizer, parameter_groups
 from ..optim.schedulers import add_groups, create_scheduler, step_scheduler

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 
 from ..calibration import Calibration, calibrate_logits, collect_logits
 from ..core import deterministic_algorithms, lookup
-from ..data.transforms import (TransformAdapter, TransformConfig, apply_transform_config,
-                                      get_transforms_from_backbone, to_uint8_image)
+from ..data.images import to_uint8_image
+from ..data.preprocessing import apply_transform_config, TransformConfig
+from ..data.transforms import get_transforms_from_backbone, TransformAdapter
 from ..metrics.config import MetricConfig
 from ..metrics.manager import MetricManager
 from ..prediction import predict_images, predict_loader

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..core import (
     TRUSTED_MODULES, deterministic_algorithms, inherit_signature, object_path, seeded, to_plain)
-from ..export import export_to_onnx, export_to_torchscript
+from ..export.onnx import export_to_onnx
+from ..export.program import export_to_torchscript
 from ..hub.push import push_to_hub
 from ..hub.save import load_pretrained, save_pretrained, TASKS
 from ..lightning_parts import trainer_of

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..core import inherit_signature
 from ..batches import check_masks
-from ..heads import create_segmentation_head, resize_map
-from ..losses import create_segmentation_loss
-from ..metrics import STAGES, MetricManager, default_metrics
+from ..heads.output import create_segmentation_head
+from ..heads.pyramid import resize_map
+from ..losses.segmentation import create_segmentation_loss
+from ..metrics.config import default_metrics, STAGES
+from ..metrics.manager import MetricManager
 from ..prediction import PrepareNative, logits_to_classes
 from ..results.images import SegmentationResult
 from .base import DenseTask, Step

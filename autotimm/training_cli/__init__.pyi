@@ -4,9 +4,9 @@ from .config import (
     read_hparams as read_hparams,
 )
 from .options import (
-    TASKS as TASKS,
     AutoTimmCLI as AutoTimmCLI,
     RunArguments as RunArguments,
+    TASKS as TASKS,
     TaskClasses as TaskClasses,
     parse_arguments as parse_arguments,
 )

@@ -27,10 +27,10 @@ from fastcore.docments import docments
 from pytorch_lightning.cli import LightningCLI
 
 from ..core import lookup, require
-from ..data.datamodule import (DetectionDataModule, ImageDataModule,
-                                      InstanceSegmentationDataModule, MultiLabelImageDataModule,
-                                      SegmentationDataModule)
-from ..data.readers import find_split_folders
+from ..data.datamodule.images import (ImageDataModule, MultiLabelImageDataModule,
+                                             SegmentationDataModule)
+from ..data.datamodule.objects import DetectionDataModule, InstanceSegmentationDataModule
+from ..data.samples import find_split_folders
 from ..metrics.config import default_metrics
 from ..tasks.classification import ImageClassifier
 from ..tasks.detection import ObjectDetector

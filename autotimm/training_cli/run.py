@@ -31,7 +31,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from ..backbones.sources import HubError
 from ..checkpoints import find_last
 from ..core import atomic_path, is_rank_zero, quiet, say
-from ..data.readers import BadImageError
+from ..data.images import BadImageError
 from ..hub.save import save_pretrained
 from ..report.sections import write_report
 from ..tasks.base import VisionTask

@@ -27,9 +27,9 @@ from .size import (
 )
 from .trials import (
     BATCH_DEFAULTS as BATCH_DEFAULTS,
+    Data as Data,
     LR_DEFAULTS as LR_DEFAULTS,
     START_RATE as START_RATE,
-    Data as Data,
     Trial as Trial,
     TunerConfig as TunerConfig,
     alone as alone,

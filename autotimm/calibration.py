@@ -1,4 +1,4 @@
-"""Of a hundred predictions made with 80%, eighty should be right. One number, the temperature, puts that right after training.
+"""Of a hundred predictions made with 80% confidence, eighty should be right. One number, the temperature, sees to it.
 
 Docs: https://theja-vanka.github.io/AutoTimm/calibration.html.md"""
 
@@ -74,35 +74,38 @@ def fit_temperature(
         raise ValueError("The model gives logits that are not finite, so there is no temperature "
                          "for them. Train it again with a lower lr.")
     if targets.ndim == 1 and logits.shape[1] == 1: return 1.0  # one class is always sure
-    logits = logits.double()
-    loss = lambda log_t: float(_smoothed_loss(logits / math.exp(log_t), targets))
-    # In the logarithm the function has one valley: golden-section search.
-    low, high, share = math.log(0.01), math.log(100), (math.sqrt(5) - 1) / 2
-    for _ in range(60):
-        a, b = high - share * (high - low), low + share * (high - low)
-        if loss(a) <= loss(b): high = b
-        else: low = a
-    return math.exp((low + high) / 2)
+    with torch.inference_mode(False), torch.enable_grad():
+        logits, log_t = logits.double().clone(), torch.zeros((), dtype=torch.float64)
+        log_t.requires_grad_()
+        optimizer = torch.optim.LBFGS([log_t], max_iter=100, tolerance_grad=1e-10,
+                                      tolerance_change=1e-12, line_search_fn="strong_wolfe")
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = _smoothed_loss(logits / log_t.exp(), targets)
+            loss.backward()
+            return float(loss)
+        optimizer.step(closure)
+    return min(100.0, max(0.01, math.exp(float(log_t.detach()))))
 
 # %% ../nbs/42_calibration.ipynb #c45a1758
 @dataclass(frozen=True)
 class Calibration:
-    """What a temperature changed.
+    """A temperature, and what it changes.
 
     Parameters
     ----------
     temperature : float
-        That the logits were divided by.
+        The number that the logits are divided by.
     error_before : float
         Expected calibration error, 0 to 1.
     error_after : float
-        TODO
+        The same after dividing by the temperature.
     loss_before : float
         Negative log-likelihood.
     loss_after : float
-        TODO
+        The same after dividing by the temperature.
     bins : Mapping[str, tuple[list[float], list[float]]]
-        'before', 'after' -> mean confidence and share that is right, of each bin.
+        'before' and 'after': mean confidence and share of right predictions of each bin.
     """
     temperature: float
     error_before: float
@@ -117,8 +120,9 @@ class Calibration:
                 f"negative log-likelihood {self.loss_before:.4f} -> {self.loss_after:.4f}")
 
     def plot(self) -> Any:      # matplotlib Figure
-        """Share of right predictions by confidence, before and after; on the diagonal it is as it
-        should be."""
+        """Share of right predictions by confidence, before and after; a calibrated model lies on
+        the
+        diagonal."""
         figure = new_figure(3.6, 3.2)
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color="lightgrey")

@@ -31,8 +31,9 @@ from .program import check_save_path
 from .results import FAILURES, ExportError, first_line, quiet_exporters
 from .runtime import OnnxModel, load_onnx, whole_batches
 from ..metrics.config import MeanAveragePrecision
-from ..prediction import (check_prediction, find_images, inputs_of, original_size,
-                                 read_and_prepare)
+from ..prediction.images import find_images
+from ..prediction.run import check_prediction, inputs_of, read_and_prepare
+from ..prediction.views import original_size
 from ..results.images import ClassificationResult, Result, SegmentationResult
 from ..viz import Table
 

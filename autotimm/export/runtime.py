@@ -24,9 +24,9 @@ from .objects import POSTPROCESS, as_exported, decode_places
 from .onnx import get_metadata, open_session, run_session
 from .program import example_inputs
 from .results import describe, exportable, to_probabilities
-from ..prediction import (MAX_PIXELS, detections_to_original, logits_to_classes,
-                                 predict_images, predict_loader, prepare_classification,
-                                 prepare_dense)
+from ..prediction.run import predict_images, predict_loader
+from ..prediction.views import (detections_to_original, logits_to_classes, MAX_PIXELS,
+                                       prepare_classification, prepare_dense)
 from ..results.images import (ClassificationResult, DetectionResult, Result,
                                      SegmentationResult)
 from ..results.table import Results

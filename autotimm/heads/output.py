@@ -79,17 +79,7 @@ class _GridPool(nn.AdaptiveAvgPool2d):
 
 # %% ../../nbs/25_heads_output.ipynb #8b513b21
 class _PooledContext(nn.Module):
-    """A map of what the image holds: pooled to a grid, projected, enlarged again.
-
-    Parameters
-    ----------
-    in_channels : int
-        TODO
-    out_channels : int
-        TODO
-    bins : int, default 1
-        TODO
-    """
+    """A map of what the image holds: pooled to a grid, projected, enlarged again."""
     def __init__(self, in_channels: int, out_channels: int, bins: int = 1):
         super().__init__()
         # No normalisation: one number a channel and image leaves nothing to normalise in a batch of

@@ -107,7 +107,7 @@ class HalvingConv(nn.Conv2d):
     Parameters
     ----------
     channels : int
-        TODO
+        Channels of the input and of the output.
     """
     def __init__(self, channels: int): super().__init__(channels, channels, 3, stride=2, padding=1)
 

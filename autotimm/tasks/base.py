@@ -33,7 +33,7 @@ from ..metrics.config import LoggingConfig, MetricConfig, STAGES
 from ..metrics.manager import confusion_matrix, MetricManager
 from ..metrics.processes import (deal_in_turn, EpochMeans, gather_processes, joined_states,
                                         means_of)
-from ..prediction import PrepareDense, prepare_dense
+from ..prediction.views import prepare_dense, PrepareDense
 from .prediction import (
     PredictingModule, as_dataclass, as_metric_configs, check_data_classes)
 from .saving import RunConditions, nondeterministic_layers

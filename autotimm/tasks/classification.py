@@ -22,7 +22,7 @@ from ..batches import check_batch
 from ..heads.output import ClassificationHead
 from ..losses.classification import create_loss, CrossEntropyLoss
 from ..metrics.config import default_metrics
-from ..prediction import PrepareCrops, prepare_classification
+from ..prediction.views import prepare_classification, PrepareCrops
 from ..results.images import ClassificationResult
 from .base import Step, VisionTask
 from .prediction import any_outside

@@ -25,7 +25,7 @@ from ..heads.output import DetectionHead
 from ..heads.pyramid import FPN
 from ..losses.detection import FCOSLoss, YOLOXLoss
 from ..metrics.config import default_metrics
-from ..prediction import detections_to_original, flip_detections, merge_detections
+from ..prediction.views import detections_to_original, flip_detections, merge_detections
 from ..results.images import DetectionResult
 from .base import DenseTask, Step
 from .prediction import any_outside

@@ -21,7 +21,7 @@ from ..core import inherit_signature
 from ..heads.output import MaskHead
 from ..heads.pyramid import FPN
 from ..losses.detection import FCOSLoss, MaskLoss
-from ..prediction import MAX_PIXELS
+from ..prediction.views import MAX_PIXELS
 from .saving import refuse_note
 from .detection import FCOS, DetectionTask, Outputs, pick_strides
 

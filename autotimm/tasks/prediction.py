@@ -28,7 +28,7 @@ from ..data.preprocessing import apply_transform_config, TransformConfig
 from ..data.transforms import get_transforms_from_backbone, TransformAdapter
 from ..metrics.config import MetricConfig
 from ..metrics.manager import MetricManager
-from ..prediction import predict_images, predict_loader
+from ..prediction.run import predict_images, predict_loader
 from .optimization import TrainableModule
 
 # %% ../../nbs/62_tasks_prediction.ipynb #e340be1f

@@ -21,7 +21,7 @@ from ..heads.pyramid import resize_map
 from ..losses.segmentation import create_segmentation_loss
 from ..metrics.config import default_metrics, STAGES
 from ..metrics.manager import MetricManager
-from ..prediction import PrepareNative, logits_to_classes
+from ..prediction.views import logits_to_classes, PrepareNative
 from ..results.images import SegmentationResult
 from .base import DenseTask, Step
 from .prediction import any_outside

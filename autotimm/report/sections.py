@@ -9,7 +9,7 @@ __all__ = ['IndexedDataset', 'spread', 'indexed_batches', 'ClassPredictions', 'p
            'classification_sections', 'pixel_counts', 'mean_iou', 'mask_figures', 'segmentation_sections',
            'match_boxes', 'DetectionCounts', 'box_figures', 'detection_sections', 'model_sections', 'write_report']
 
-# %% ../../nbs/81_report.ipynb #67673a42
+# %% ../../nbs/81_report.ipynb #23a1550a
 import itertools
 import math
 import os
@@ -36,7 +36,7 @@ from ..tasks.detection import DetectionTask
 from ..tasks.segmentation import SemanticSegmentor
 from ..viz import Table, plot_confusion_matrix, plot_curves, show_boxes, show_masks
 
-# %% ../../nbs/81_report.ipynb #bf23ba81
+# %% ../../nbs/81_report.ipynb #34345c26
 class IndexedDataset(Dataset):
     "Some items of a data set, each with its index."
     def __init__(
@@ -59,7 +59,7 @@ class _IndexedCollate:
         good = [o for o in items if not isinstance(o[1], BadImage)]
         return [i for i, _ in good], self.collate([o for _, o in good]) if good else None
 
-# %% ../../nbs/81_report.ipynb #683ad151
+# %% ../../nbs/81_report.ipynb #6d5eb65f
 def spread(
     n: int,                                 # items there are
     maximum: int,                           # items wanted
@@ -68,7 +68,7 @@ def spread(
     if n <= maximum: return list(range(n))
     return sorted({round(i * (n - 1) / (maximum - 1)) for i in range(maximum)})
 
-# %% ../../nbs/81_report.ipynb #6a8883b8
+# %% ../../nbs/81_report.ipynb #a42dd90c
 def _plain_batch(batch: Any) -> Any:
     "A batch whose packed lists are lists of tensors."
     if not isinstance(batch, dict): return batch
@@ -90,7 +90,7 @@ def indexed_batches(
     batches = ((i, _plain_batch(batch)) for i, batch in loader if batch is not None)
     return split, dataset, batches
 
-# %% ../../nbs/81_report.ipynb #985a1d31
+# %% ../../nbs/81_report.ipynb #44c93691
 @dataclass
 class ClassPredictions:
     "What a classifier predicted for images of a data set."
@@ -116,7 +116,7 @@ class ClassPredictions:
         right = self.correct()
         return [k for k in self.losses().argsort(descending=True).tolist() if not right[k]]
 
-# %% ../../nbs/81_report.ipynb #7e9bfc64
+# %% ../../nbs/81_report.ipynb #c8ecd02b
 def predict_classes(
     model: ImageClassifier,                 # in eval mode
     batches: Iterable[tuple[list[int], Any]],  # of `indexed_batches`
@@ -132,7 +132,7 @@ def predict_classes(
     threshold = model.threshold if model.multi_label else None
     return ClassPredictions(indices, torch.cat(probabilities), torch.cat(targets), threshold)
 
-# %% ../../nbs/81_report.ipynb #91ad9a03
+# %% ../../nbs/81_report.ipynb #84d4865e
 def _file_name(path: str) -> str: return os.path.basename(path.replace("\\", "/"))
 
 def _class_lines(p: Tensor, y: Tensor, names: Sequence[str]) -> tuple[list[str], bool]:
@@ -171,7 +171,7 @@ def prediction_card(
     picture = to_jpeg(item[0], mean=config["mean"], std=config["std"])
     return Card(picture, [*lines, name], good, name)
 
-# %% ../../nbs/81_report.ipynb #6a311ac6
+# %% ../../nbs/81_report.ipynb #2dac27f2
 def _names(model: Any) -> list[str]:
     "The classes' names, or their ids."
     return model.class_names or [str(i) for i in range(model.num_classes)]
@@ -214,7 +214,7 @@ def classification_sections(
     table = label_table(predicted, predictions.targets > 0.5, names)
     return [*shown, Section("Classes", parts=[table])]
 
-# %% ../../nbs/81_report.ipynb #84eed8bb
+# %% ../../nbs/81_report.ipynb #e8357ec6
 def pixel_counts(
     predicted: Tensor,                      # (H, W) class ids
     true: Tensor,                           # (H, W) class ids
@@ -226,7 +226,7 @@ def pixel_counts(
     pairs = true[counted] * num_classes + predicted[counted]
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
-# %% ../../nbs/81_report.ipynb #6657c48c
+# %% ../../nbs/81_report.ipynb #5d77d5cf
 def mean_iou(
     counts: Tensor,                         # (C, C) of `pixel_counts`
 ) -> float:                                 # 0 to 1; 1 where nothing is counted
@@ -235,7 +235,7 @@ def mean_iou(
     union = counts.sum(0) + counts.sum(1) - hits
     return float((hits[union > 0] / union[union > 0]).mean()) if counts.any() else 1.0
 
-# %% ../../nbs/81_report.ipynb #86deb0c8
+# %% ../../nbs/81_report.ipynb #24e1c3c7
 _TWO_ROWS = "Predictions above, ground truth below."
 
 def _grid(model: Any, count: int) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def mask_figures(
     true = [o["mask"] for o in items]
     return [show_masks(x, masks, names, **options) for masks in (predicted, true)]
 
-# %% ../../nbs/81_report.ipynb #bbe7865e
+# %% ../../nbs/81_report.ipynb #1a584edb
 def segmentation_sections(
     model: SemanticSegmentor,               # in eval mode
     dataset: Any,                           # that the indices belong to
@@ -287,7 +287,7 @@ def segmentation_sections(
             Section("Classes", "The class with the lowest F1 first.",
                     [class_table(counts, names, "pixels")])]
 
-# %% ../../nbs/81_report.ipynb #87dfce09
+# %% ../../nbs/81_report.ipynb #82c6532a
 def match_boxes(
     predicted: Mapping[str, Tensor],        # boxes (K, 4) xyxy, labels (K,), sorted by score
     true: Mapping[str, Tensor],             # boxes (N, 4) xyxy, labels (N,)
@@ -307,7 +307,7 @@ def match_boxes(
         overlap[:, best] = 0
     return hits, taken
 
-# %% ../../nbs/81_report.ipynb #ad5731d8
+# %% ../../nbs/81_report.ipynb #717e0c73
 class DetectionCounts:
     "Hits, objects and detections of each class, and the errors in each image."
     def __init__(
@@ -345,7 +345,7 @@ class DetectionCounts:
         return Table([[name, n, k, ratio(hit, k), ratio(hit, n)] for name, hit, n, k in counts],
                      ["class", "objects", "detections", "precision", "recall"])
 
-# %% ../../nbs/81_report.ipynb #fbb1f433
+# %% ../../nbs/81_report.ipynb #cf64210a
 def _confident(found: Mapping[str, Tensor], min_score: float) -> dict[str, Tensor]:
     "The detections with a higher score, on the CPU."
     above = (found["scores"] > min_score).cpu()
@@ -368,7 +368,7 @@ def box_figures(
     return [show_boxes(x, part(of, "boxes"), part(of, "labels"), names, part(of, "scores"),
                        masks=part(of, "masks"), **options) for of in (predicted, items)]
 
-# %% ../../nbs/81_report.ipynb #d726b14f
+# %% ../../nbs/81_report.ipynb #30f7cace
 def detection_sections(
     model: DetectionTask,                   # in eval mode
     dataset: Any,                           # that the indices belong to
@@ -394,7 +394,7 @@ def detection_sections(
             Section("Examples", f"Spread over the whole set. {_TWO_ROWS}", figures(even)),
             Section("Classes", f"A hit has the right class ({rule}).", [counts.table(names)])]
 
-# %% ../../nbs/81_report.ipynb #cb8cf2d5
+# %% ../../nbs/81_report.ipynb #8ebb9177
 _SECTIONS: tuple[tuple[type, Callable[..., list[Section]]], ...] = (
     (ImageClassifier, classification_sections), (SemanticSegmentor, segmentation_sections),
     (DetectionTask, detection_sections))
@@ -412,7 +412,7 @@ def model_sections(
     for o in sections: o.title = f"{o.title} ({split} data)"
     return sections
 
-# %% ../../nbs/81_report.ipynb #8d739a07
+# %% ../../nbs/81_report.ipynb #756a5809
 _NO_CURVE = re.compile(r"^step$|/num_pos$|ma[pr]_")
 _LARGE = ("accuracy", "f1", "miou", "map", "mask_map", "loss")     # shown at the top
 
@@ -429,7 +429,7 @@ def _curves_section(history: Sequence[Mapping[str, Any]]) -> list[Section]:
     if not any(len(o) > 1 for o in epochs): return []
     return [Section("Curves", parts=[plot_curves(epochs)])]
 
-# %% ../../nbs/81_report.ipynb #5e1ef178
+# %% ../../nbs/81_report.ipynb #884d188d
 def _bad_section(data: Any, most: int = 100) -> list[Section]:
     "The images that could not be read."
     found = [[split, _file_name(path), reason.replace(path, _file_name(path))]

@@ -8,7 +8,7 @@ Docs: https://theja-vanka.github.io/AutoTimm/training_cli_config.html.md"""
 __all__ = ['portable_path', 'map_texts', 'new_folder', 'check_free', 'find_checkpoint', 'read_hparams', 'without_weights',
            'resolve_config', 'link_data_to_model', 'drop_default_epochs', 'RunCLI']
 
-# %% ../../nbs/87_training_cli_config.ipynb #5eb8dd1e
+# %% ../../nbs/87_training_cli_config.ipynb #88fbb2b1
 import json
 import os
 import pickle
@@ -28,7 +28,7 @@ from ..tasks.base import DenseTask
 from .options import TASKS, AutoTimmCLI, RunArguments, best_metric
 from ..trainer import DEFAULT_EPOCHS, AutoTrainer
 
-# %% ../../nbs/87_training_cli_config.ipynb #beb0dea2
+# %% ../../nbs/87_training_cli_config.ipynb #14825c91
 def portable_path(
     path: str,                # any path
 ) -> str:                     # the same file, relative or below `~` where possible
@@ -40,7 +40,7 @@ def portable_path(
         return "~/" + os.path.relpath(path, home)
     return os.path.relpath(path, here)
 
-# %% ../../nbs/87_training_cli_config.ipynb #b366daa0
+# %% ../../nbs/87_training_cli_config.ipynb #254991b6
 def map_texts(
     value: Any,                         # plain values, nested
     function: Callable[[str], str],     # applied to each text
@@ -54,7 +54,7 @@ def map_texts(
 def _expand_home(text: str) -> str:
     return os.path.expanduser(text) if text.startswith("~/") else text
 
-# %% ../../nbs/87_training_cli_config.ipynb #875cb536
+# %% ../../nbs/87_training_cli_config.ipynb #9d34e2ef
 def new_folder(
     name: str,                      # e.g. of the backbone
     root: str | os.PathLike = "runs",  # the folder of all runs
@@ -68,7 +68,7 @@ def new_folder(
         except FileExistsError: number += 1
         else: return folder
 
-# %% ../../nbs/87_training_cli_config.ipynb #d7f4a158
+# %% ../../nbs/87_training_cli_config.ipynb #05f80043
 def check_free(
     folder: str | os.PathLike,      # where a run is to be written
 ) -> Path:                          # the folder
@@ -79,7 +79,7 @@ def check_free(
                               f"it, or continue that run: autotimm fit --resume {path}")
     return path
 
-# %% ../../nbs/87_training_cli_config.ipynb #d9bec8d1
+# %% ../../nbs/87_training_cli_config.ipynb #501029b0
 def _best_checkpoint(run: Path, last: Path) -> Path:
     "The best checkpoint as noted, else the newest `best-*.ckpt`, else the last checkpoint."
     notes = run / "run.json"
@@ -103,7 +103,7 @@ def find_checkpoint(
                                 f"{LAST_NAME}. Give a run folder of autotimm fit, or --ckpt FILE.")
     return _best_checkpoint(run, last) if which == "best" else last
 
-# %% ../../nbs/87_training_cli_config.ipynb #edb8ca03
+# %% ../../nbs/87_training_cli_config.ipynb #35199a0a
 def read_hparams(
     path: Path | str,                         # a checkpoint
 ) -> dict[str, Any]:                          # empty where there are none
@@ -120,7 +120,7 @@ def read_hparams(
         raise ValueError(f"{path} is not a checkpoint of Lightning: it holds no state_dict.")
     return content.get("hyper_parameters", {})
 
-# %% ../../nbs/87_training_cli_config.ipynb #3e278f65
+# %% ../../nbs/87_training_cli_config.ipynb #a58a1e98
 def without_weights(
     backbone: Any,                            # as in a configuration
 ) -> Any:                                     # the same, with random weights
@@ -132,7 +132,7 @@ def without_weights(
         backbone["init_args"]["pretrained"] = False
     return backbone
 
-# %% ../../nbs/87_training_cli_config.ipynb #24732044
+# %% ../../nbs/87_training_cli_config.ipynb #07871612
 # What a checkpoint's backbone has settled already.
 _OF_THE_BACKBONE = ("image_size", "in_chans", "drop_rate", "drop_path_rate")
 
@@ -166,7 +166,7 @@ def resolve_config(
         for key, value in settled.items(): model[key] = value
     return config
 
-# %% ../../nbs/87_training_cli_config.ipynb #a39be3b6
+# %% ../../nbs/87_training_cli_config.ipynb #26dcf0c9
 def _own_data_class(arguments: RunArguments) -> Any:
     "The data module that a configuration names by its class."
     data = arguments.config.get("data")
@@ -188,7 +188,7 @@ def link_data_to_model(
     if arguments.task == "segmentation" and not own_model and not own_data:
         parser.link_arguments("data.ignore_index", "model.ignore_index")
 
-# %% ../../nbs/87_training_cli_config.ipynb #ca5f498e
+# %% ../../nbs/87_training_cli_config.ipynb #6a5a60a4
 def drop_default_epochs(
     trainer: Any,                             # the trainer's part of a configuration; changed
 ) -> None:
@@ -198,7 +198,7 @@ def drop_default_epochs(
     default = isinstance(trainer["max_epochs"], type(DEFAULT_EPOCHS))
     if limited and default: del trainer["max_epochs"]
 
-# %% ../../nbs/87_training_cli_config.ipynb #b3d585a0
+# %% ../../nbs/87_training_cli_config.ipynb #5865190e
 def _lightning_options(arguments: RunArguments) -> dict[str, Any]:
     "The arguments of `LightningCLI` for a run."
     own_model, classes = arguments.own_model, None if arguments.own_model else arguments.classes
@@ -215,7 +215,18 @@ def _lightning_options(arguments: RunArguments) -> dict[str, Any]:
                                "description": text})
 
 class RunCLI(AutoTimmCLI):
-    "Model, data module and trainer of one run."
+    """
+    Model, data module and trainer of one run.
+
+    Parameters
+    ----------
+    arguments : RunArguments
+        Of `parse_arguments`.
+    run_folder : Path, default None
+        Where the trainer writes; None: `fit` makes a new folder.
+    checkpoint : Path, default None
+        That the run starts from, or that is measured.
+    """
     trainer: AutoTrainer
 
     def __init__(

@@ -8,7 +8,7 @@ Docs: https://theja-vanka.github.io/AutoTimm/training_cli_options.html.md"""
 __all__ = ['TASKS', 'option_docs', 'AutoTimmCLI', 'full_signature', 'TaskClasses', 'best_metric', 'short_parser', 'data_options',
            'config_files', 'read_configs', 'RunArguments', 'parse_arguments', 'own_modules']
 
-# %% ../../nbs/86_training_cli_options.ipynb #68ab43c6
+# %% ../../nbs/86_training_cli_options.ipynb #9696da83
 import argparse
 import contextlib
 import csv
@@ -39,7 +39,7 @@ from ..tasks.segmentation import SemanticSegmentor
 from ..tasks.yolox import YOLOXDetector
 from ..trainer import DEFAULT_EPOCHS
 
-# %% ../../nbs/86_training_cli_options.ipynb #f4411b48
+# %% ../../nbs/86_training_cli_options.ipynb #01fbfadb
 def option_docs(
     cls: type,                # a class whose constructor explains its parameters in comments
 ) -> dict[str, str]:          # parameter -> comment
@@ -51,7 +51,7 @@ def option_docs(
         docs = {**{k: v for k, v in docments(init).items() if v}, **docs}
     return docs
 
-# %% ../../nbs/86_training_cli_options.ipynb #63882b3f
+# %% ../../nbs/86_training_cli_options.ipynb #e5d4a681
 # The default number of epochs is a subclass of int (see `AutoTrainer`); YAML prints it as a number.
 yaml.SafeDumper.add_representer(type(DEFAULT_EPOCHS),
                                 yaml.representer.SafeRepresenter.represent_int)
@@ -115,7 +115,7 @@ class AutoTimmCLI(LightningCLI):
                 if action.dest == name or name not in docs or action.help: continue
                 action.help = docs[name].replace("%", "%%")
 
-# %% ../../nbs/86_training_cli_options.ipynb #84f0d4ab
+# %% ../../nbs/86_training_cli_options.ipynb #3c234be7
 def full_signature(
     cls: type,                # a class with a merged `__signature__`
 ) -> type:                    # a subclass of the same name
@@ -129,10 +129,25 @@ def full_signature(
         setattr(Full, name, getattr(cls, name))
     return Full
 
-# %% ../../nbs/86_training_cli_options.ipynb #b4a30068
+# %% ../../nbs/86_training_cli_options.ipynb #85dfa02f
 @dataclass(frozen=True)
 class TaskClasses:
-    "The classes that a task's name stands for."
+    """
+    The classes that a task's name stands for.
+
+    Parameters
+    ----------
+    model : type
+        A LightningModule.
+    data : type
+        A LightningDataModule.
+    kind : str
+        The task's name in `default_metrics`.
+    defaults : dict, default {}
+        Option -> value, where the task differs from its class.
+    own_backbone : str, default "model.backbone"
+        The option that `--backbone` sets.
+    """
     model: type                                       # a LightningModule
     data: type                                        # a LightningDataModule
     kind: str                                         # its name in `default_metrics`
@@ -152,7 +167,7 @@ TASKS = {
                             "instance_segmentation"),
 }
 
-# %% ../../nbs/86_training_cli_options.ipynb #c8268644
+# %% ../../nbs/86_training_cli_options.ipynb #3b733a16
 def best_metric(
     kind: str,                # as in `TaskClasses`
 ) -> tuple[str, str]:         # logged name and mode, 'min' or 'max'
@@ -163,7 +178,7 @@ def best_metric(
         metrics = default_metrics(kind)
     return (f"val/{metrics[-1].name}", "max") if metrics else ("val/loss", "min")
 
-# %% ../../nbs/86_training_cli_options.ipynb #ae0109eb
+# %% ../../nbs/86_training_cli_options.ipynb #7d6f29c7
 _FIT_OPTIONS = {
     "--backbone": ("ID", "timm name, Hub id or folder; for yolox its size, such as yolox-s"),
     "--epochs": ("N", "number of times that all training images are seen"),
@@ -199,7 +214,7 @@ def short_parser(
     add("--workers", metavar="N", help="number of processes that read images")
     return parser
 
-# %% ../../nbs/86_training_cli_options.ipynb #08170b99
+# %% ../../nbs/86_training_cli_options.ipynb #3464543c
 def _lies_in(folder: Path, table: str) -> bool:
     "Whether a folder holds the image in the first row of a table."
     with open(Path(table).expanduser(), newline="", encoding="utf-8") as file:
@@ -228,7 +243,7 @@ def data_options(
                                 "labels are read from tables.")
     return {"data_dir": where}
 
-# %% ../../nbs/86_training_cli_options.ipynb #02665ebc
+# %% ../../nbs/86_training_cli_options.ipynb #ee10bd8c
 def config_files(
     args: Sequence[str],            # of the command line
 ) -> list[str]:                     # in order
@@ -236,7 +251,7 @@ def config_files(
     found = [args[i + 1] for i, o in enumerate(args[:-1]) if o in ("-c", "--config")]
     return found + [o.partition("=")[2] for o in args if o.startswith(("--config=", "-c="))]
 
-# %% ../../nbs/86_training_cli_options.ipynb #6956f597
+# %% ../../nbs/86_training_cli_options.ipynb #a0c5ca69
 def _read_config(name: str) -> Mapping[str, Any]:
     "The groups in one configuration file."
     if not os.path.isfile(name):
@@ -261,10 +276,29 @@ def read_configs(
             merged[key] = {**old, **value} if both else value    # type: ignore[dict-item]
     return merged
 
-# %% ../../nbs/86_training_cli_options.ipynb #07778c75
+# %% ../../nbs/86_training_cli_options.ipynb #fa6900d0
 @dataclass
 class RunArguments:
-    "A command line with its short options replaced by full ones."
+    """
+    A command line with its short options replaced by full ones.
+
+    Parameters
+    ----------
+    verb : str
+        'fit', 'validate' or 'test'.
+    task : str
+        Name of a task.
+    config : dict
+        What the configuration files say.
+    own_model : bool
+        Whether the model is a class of the user's.
+    own_data : bool
+        Whether the data module is one.
+    short : argparse.Namespace
+        The short options.
+    args : list of str
+        The arguments for Lightning's parser.
+    """
     verb: str                       # 'fit', 'validate' or 'test'
     task: str                       # name of a task
     config: dict[str, Any]          # of the configuration files
@@ -286,7 +320,7 @@ class RunArguments:
         own = self.own_model if group == "model" else self.own_data
         return f"{group}.init_args." if own else f"{group}."
 
-# %% ../../nbs/86_training_cli_options.ipynb #cf3adc66
+# %% ../../nbs/86_training_cli_options.ipynb #8904530f
 def _names_own_class(group: str, config: Mapping[str, Any], args: Sequence[str]) -> bool:
     "Whether a group names a class of the user's, in a file or on the command line."
     starts = (f"--{group}=", f"--{group}.class_path", f"--{group}.init_args")
@@ -321,7 +355,7 @@ def parse_arguments(
     arguments.args = [*rest, *_full_options(arguments)]
     return arguments
 
-# %% ../../nbs/86_training_cli_options.ipynb #463ae36b
+# %% ../../nbs/86_training_cli_options.ipynb #32ebca4e
 @contextlib.contextmanager
 def own_modules(
     args: Sequence[str],            # of the command line

@@ -9,7 +9,7 @@ __all__ = ['interruptible', 'how_to_continue', 'plain_numbers', 'write_history',
            'evaluate', 'write_run', 'option_errors', 'given_folder', 'train', 'run_fit', 'check_names',
            'run_evaluation']
 
-# %% ../../nbs/88_training_cli.ipynb #4a5d64c8
+# %% ../../nbs/88_training_cli.ipynb #3fec02d2
 import argparse
 import contextlib
 import csv
@@ -39,7 +39,7 @@ from .config import RunCLI, check_free, find_checkpoint, read_hparams
 from .options import own_modules, parse_arguments, short_parser
 from ..viz import Table, save_figure
 
-# %% ../../nbs/88_training_cli.ipynb #a469f118
+# %% ../../nbs/88_training_cli.ipynb #91098f6c
 def _follows_interrupt(error: BaseException | None) -> bool:
     "Whether an error was raised while Ctrl-C was handled."
     while error is not None and not isinstance(error, KeyboardInterrupt): error = error.__context__
@@ -59,7 +59,7 @@ def interruptible(
     finally:
         if main: signal.signal(signal.SIGINT, handler)
 
-# %% ../../nbs/88_training_cli.ipynb #46fcad7d
+# %% ../../nbs/88_training_cli.ipynb #80e775ce
 def how_to_continue(
     run: Path,                      # a run folder
 ) -> str:                           # two sentences
@@ -72,7 +72,7 @@ def how_to_continue(
     return (f"Interrupted. All steps so far are kept in {shown}. "
             f"Continue: autotimm fit --resume {run}")
 
-# %% ../../nbs/88_training_cli.ipynb #081978cf
+# %% ../../nbs/88_training_cli.ipynb #362de4c0
 def plain_numbers(
     values: Mapping[str, Any],      # metrics
 ) -> dict[str, float | None]:       # None for what is no finite number
@@ -80,7 +80,7 @@ def plain_numbers(
     numbers = {k: float(v) for k, v in values.items()}
     return {k: v if abs(v) < float("inf") else None for k, v in numbers.items()}
 
-# %% ../../nbs/88_training_cli.ipynb #7bbea204
+# %% ../../nbs/88_training_cli.ipynb #1f535162
 def write_history(
     run: Path,                      # run folder
     history: Sequence[Mapping[str, Any]],  # one dict for each epoch
@@ -97,7 +97,7 @@ def write_history(
         writer.writeheader()
         writer.writerows(records)
 
-# %% ../../nbs/88_training_cli.ipynb #8c1a7eb2
+# %% ../../nbs/88_training_cli.ipynb #676070cd
 def data_name(
     data: Any,                      # data module
 ) -> str:                           # '' where it has none
@@ -109,7 +109,7 @@ def data_name(
         return str(given) if named else Path(given).name
     return ""
 
-# %% ../../nbs/88_training_cli.ipynb #80a82c6f
+# %% ../../nbs/88_training_cli.ipynb #29447d54
 _MODEL_SETTINGS = ("lr", "optimizer", "scheduler", "weight_decay", "freeze_backbone", "ema_decay")
 
 def run_settings(
@@ -131,7 +131,7 @@ def run_settings(
                  "seed": config["seed_everything"], "precision": config["trainer"]["precision"]}
     return {k: v for k, v in settings.items() if v not in (None, False, "")}
 
-# %% ../../nbs/88_training_cli.ipynb #236d9cbb
+# %% ../../nbs/88_training_cli.ipynb #de228b56
 def best_model(
     cli: RunCLI,                    # of a run that is over
     checkpoint: str,                # its best; '' for the weights as they are
@@ -144,7 +144,7 @@ def best_model(
     cli.model.load_state_dict(content["state_dict"])
     return cli.model.cpu().eval()
 
-# %% ../../nbs/88_training_cli.ipynb #ac3c2bfb
+# %% ../../nbs/88_training_cli.ipynb #8a9aeefd
 def _can_evaluate(cli: RunCLI, split: str, step: str) -> bool:
     "Whether model and data have what evaluation on a split needs."
     data = cli.datamodule
@@ -166,7 +166,7 @@ def evaluate(
         for o in results: metrics |= o
     return plain_numbers(metrics)
 
-# %% ../../nbs/88_training_cli.ipynb #de81611d
+# %% ../../nbs/88_training_cli.ipynb #858efe7f
 def write_run(
     run: Path,                      # run folder
     cli: RunCLI,                    # of a run that is over
@@ -200,7 +200,7 @@ def _finish_run(run: Path, cli: RunCLI) -> dict[str, float | None]:
     if is_rank_zero(): write_run(run, cli, checkpoint, metrics)
     return metrics
 
-# %% ../../nbs/88_training_cli.ipynb #67e04ba7
+# %% ../../nbs/88_training_cli.ipynb #0fd16012
 @contextlib.contextmanager
 def option_errors(
     data: str,                      # what the data's options begin with
@@ -218,7 +218,7 @@ def option_errors(
         if "--no-pretrained" in str(e): raise
         raise type(e)(f"{e} Or start from random weights: --no-pretrained.") from e
 
-# %% ../../nbs/88_training_cli.ipynb #a8777ae3
+# %% ../../nbs/88_training_cli.ipynb #a26ae605
 _SHARED = "AUTOTIMM_RUN_FOLDER"     # set for the processes that a distributed run starts
 
 def _resume(run: Path, args: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -241,7 +241,7 @@ def given_folder(
     raise ValueError("Processes that another program has started need a common run folder: "
                      "give --out.")
 
-# %% ../../nbs/88_training_cli.ipynb #f702ce25
+# %% ../../nbs/88_training_cli.ipynb #6ea0331a
 def _begin(run: Path, cli: RunCLI) -> None:
     "Make the run folder, and write the configuration."
     run.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def train(
         keep = keep or bool(trainer.global_step or find_last(run / "checkpoints"))
         if is_rank_zero() and not keep: shutil.rmtree(run, ignore_errors=True)
 
-# %% ../../nbs/88_training_cli.ipynb #71a1c52d
+# %% ../../nbs/88_training_cli.ipynb #b719de1f
 def _print_help(verb: str) -> None:
     "Print the short options, then every option."
     print(short_parser(verb).format_help() + "\nEvery option\n============")
@@ -300,7 +300,7 @@ def run_fit(
     assert cli.run_folder is not None
     return cli.run_folder
 
-# %% ../../nbs/88_training_cli.ipynb #f87100ee
+# %% ../../nbs/88_training_cli.ipynb #3757009c
 def check_names(
     checkpoint: Path,               # of a model
     data: Any,                      # data module that it is to be measured on
@@ -313,7 +313,7 @@ def check_names(
     raise ValueError(f"The model was trained on {len(trained)} classes ({some[0]}), the data have "
                      f"{len(found)} ({some[1]}). They must be the same, in the same order.")
 
-# %% ../../nbs/88_training_cli.ipynb #6fec5188
+# %% ../../nbs/88_training_cli.ipynb #7606881f
 def _write_evaluation(cli: RunCLI, checkpoint: Path, metrics: dict[str, float | None]) -> None:
     "Write what was asked for: metrics as JSON, a report page."
     short = cli.arguments.short

@@ -9,7 +9,7 @@ __all__ = ['TRAINING', 'build_parser', 'model_folder', 'load_checkpoint', 'load_
            'do_export', 'do_push', 'do_convert', 'describe', 'do_info', 'do_backbones', 'do_serve', 'do_demo',
            'do_training', 'main']
 
-# %% ../nbs/89_cli.ipynb #2ea53f2f
+# %% ../nbs/89_cli.ipynb #5a94add3
 import argparse
 import json
 import os
@@ -23,7 +23,7 @@ from typing import Any
 
 from .core import MissingExtraError
 
-# %% ../nbs/89_cli.ipynb #3edeb15e
+# %% ../nbs/89_cli.ipynb #ab361870
 TRAINING = {
     "fit": "train a model on a folder of images, and write a run folder",
     "validate": "measure a run's checkpoint on the val data",
@@ -52,7 +52,7 @@ def _add_predict(add: Callable[..., Any]) -> None:
         help="test-time augmentation: flip, or multicrop for a classifier")
     add("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
 
-# %% ../nbs/89_cli.ipynb #bdd14617
+# %% ../nbs/89_cli.ipynb #48d6e658
 def _add_export(add: Callable[..., Any]) -> None:
     add("model", metavar="MODEL", help="model folder, run folder, Hub id or .ckpt file")
     add("--out", required=True, metavar="FILE",
@@ -80,7 +80,7 @@ def _add_convert(add: Callable[..., Any]) -> None:
     add("source", metavar="SOURCE", help=".ckpt file, or model folder")
     add("target", metavar="TARGET", help="model folder to write, or .ckpt file")
 
-# %% ../nbs/89_cli.ipynb #58f66f2c
+# %% ../nbs/89_cli.ipynb #9ab4a552
 def _add_info(add: Callable[..., Any]) -> None:
     add("model", metavar="MODEL", help=_ANY_MODEL)
     add("--json", action="store_true", help="print JSON")
@@ -111,7 +111,7 @@ def _add_demo(add: Callable[..., Any]) -> None:
     add("--out", metavar="FOLDER", default="autotimm-demo",
         help="where checkpoints and pictures go (default: autotimm-demo)")
 
-# %% ../nbs/89_cli.ipynb #f5c97a48
+# %% ../nbs/89_cli.ipynb #f9e5aa9a
 _OTHERS: dict[str, tuple[str, Callable[[Callable[..., Any]], None]]] = {
     "predict": ("predict classes, boxes or masks of images, as a table, JSON or COCO",
                 _add_predict),
@@ -141,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_options(own.add_argument)
     return parser
 
-# %% ../nbs/89_cli.ipynb #82122802
+# %% ../nbs/89_cli.ipynb #b3b6a1c7
 def model_folder(
     name: str,                # a folder, or a Hub id
 ) -> str:                     # the model folder in it, if it is a run folder
@@ -153,7 +153,7 @@ def model_folder(
     raise FileNotFoundError(f"{name} is a run that has not ended: it has no model folder yet. "
                             f"Continue it: autotimm fit --resume {name}, or give its checkpoint.")
 
-# %% ../nbs/89_cli.ipynb #44876180
+# %% ../nbs/89_cli.ipynb #ef5b4a55
 def load_checkpoint(
     path: str,                # a Lightning checkpoint of one of our tasks
 ) -> Any:                     # the model, in eval mode
@@ -163,7 +163,7 @@ def load_checkpoint(
     task: Any = task_from_hparams(read_hparams(path), path)
     return task.load_from_checkpoint(path, map_location="cpu")
 
-# %% ../nbs/89_cli.ipynb #2c76241d
+# %% ../nbs/89_cli.ipynb #8a2efe78
 def load_model(
     name: str,                # model folder, run folder, Hub id, .ckpt or .onnx file
     revision: str | None = None,  # of a Hub id
@@ -176,7 +176,7 @@ def load_model(
     from autotimm.hub.save import load_pretrained
     return load_pretrained(model_folder(name), revision=revision)
 
-# %% ../nbs/89_cli.ipynb #fdb17ba3
+# %% ../nbs/89_cli.ipynb #ce6d3ab6
 def on_best_device(
     model: Any,               # loaded by the caller, for its own use
     device: str | None = None,  # asked for; None: this machine's accelerator, if it has one
@@ -187,7 +187,7 @@ def on_best_device(
     from autotimm.tasks.prediction import best_device
     return model.to(device or best_device(model))
 
-# %% ../nbs/89_cli.ipynb #19432440
+# %% ../nbs/89_cli.ipynb #5c56b4cc
 def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
     "Options that were given, under the names that a function has for them."
     values = {name: getattr(args, option, None) for option, name in names.items()}
@@ -211,7 +211,7 @@ def _report_bad(bad: Mapping[str, str], read: int) -> None:
     more = " ..." if len(bad) > 5 else ""
     print(f"{len(bad)} could not be read: {', '.join(list(bad)[:5])}{more}", file=sys.stderr)
 
-# %% ../nbs/89_cli.ipynb #697c10f1
+# %% ../nbs/89_cli.ipynb #f751cb5f
 def _print_results(results: Any) -> None:
     "The results as a table."
     from autotimm.viz import Table
@@ -238,7 +238,7 @@ def do_predict(args: argparse.Namespace) -> None:
     _report_bad(results.bad, len(results))
     if not files: _print_results(results)
 
-# %% ../nbs/89_cli.ipynb #d1f933e7
+# %% ../nbs/89_cli.ipynb #0db9f06c
 _SUFFIXES = {".onnx": "onnx", ".pt": "torchscript", ".ts": "torchscript", ".pt2": "program"}
 
 def _export_format(args: argparse.Namespace) -> str:
@@ -275,7 +275,7 @@ def do_export(args: argparse.Namespace) -> None:
                           evaluate=data)
     print(args.out)
 
-# %% ../nbs/89_cli.ipynb #15def012
+# %% ../nbs/89_cli.ipynb #9ad73f55
 def do_push(args: argparse.Namespace) -> None:
     "Push a model folder to the Hub."
     from autotimm.hub.push import push_to_hub
@@ -284,7 +284,7 @@ def do_push(args: argparse.Namespace) -> None:
     options = _given(args, private="private", revision="revision", message="commit_message")
     print(push_to_hub(folder, args.repo_id, **options))
 
-# %% ../nbs/89_cli.ipynb #e05244de
+# %% ../nbs/89_cli.ipynb #975f1709
 def do_convert(args: argparse.Namespace) -> None:
     "Turn a checkpoint into a model folder, or a model folder into a checkpoint."
     source, target = args.source, args.target
@@ -301,7 +301,7 @@ def do_convert(args: argparse.Namespace) -> None:
     read_hparams(source)
     print(convert_checkpoint(source, target))
 
-# %% ../nbs/89_cli.ipynb #1946da4b
+# %% ../nbs/89_cli.ipynb #e7317532
 def _card_metrics(folder: str) -> dict[str, Any]:
     "The metrics in the card of a model folder."
     path = Path(model_folder(folder), "README.md") if folder else None
@@ -327,7 +327,7 @@ def describe(
              "metrics": _card_metrics(folder) or None}
     return {k: v for k, v in found.items() if v is not None}
 
-# %% ../nbs/89_cli.ipynb #7f3099e3
+# %% ../nbs/89_cli.ipynb #5bb1e3e5
 def _short(value: Any) -> str:
     "A value in a line."
     if isinstance(value, float): return f"{value:.4g}"
@@ -348,7 +348,7 @@ def do_info(args: argparse.Namespace) -> None:
     if getattr(args, "json", False): print(json.dumps(found, indent=1, default=str))
     else: print("\n".join(line for o in found.items() for line in _info_lines(*o)))
 
-# %% ../nbs/89_cli.ipynb #cd5b30cb
+# %% ../nbs/89_cli.ipynb #c1484d83
 def do_backbones(args: argparse.Namespace) -> None:
     "Print names of backbones, one to a line. Raises `ValueError` if there is none."
     from autotimm.backbones.fetch import list_hf_hub_backbones
@@ -363,20 +363,20 @@ def do_backbones(args: argparse.Namespace) -> None:
     raise ValueError(f"No backbone matches {pattern!r}. Use stars for the rest of a name: "
                      f"autotimm backbones '*{pattern}*'.")
 
-# %% ../nbs/89_cli.ipynb #dcaf138d
+# %% ../nbs/89_cli.ipynb #0512082f
 def do_serve(args: argparse.Namespace) -> None:
     "Serve a model until Ctrl-C."
     from autotimm.serve.app import serve
     model = on_best_device(load_model(args.model))
     serve(model, host=args.host, port=args.port, **_given(args, title="title"))
 
-# %% ../nbs/89_cli.ipynb #d91c7230
+# %% ../nbs/89_cli.ipynb #3c86aab2
 def do_demo(args: argparse.Namespace) -> None:
     "Train by the three routes."
     from autotimm.demo import run_demo
     run_demo(**{k: v for k, v in vars(args).items() if k not in ("verb", "version")})
 
-# %% ../nbs/89_cli.ipynb #bb6e9fb0
+# %% ../nbs/89_cli.ipynb #608da708
 def do_training(
     verb: str,                # 'fit', 'validate' or 'test'
     args: Sequence[str],      # what follows it
@@ -386,7 +386,7 @@ def do_training(
     if verb == "fit": run_fit(args)
     else: run_evaluation(verb, args)
 
-# %% ../nbs/89_cli.ipynb #8427fb1a
+# %% ../nbs/89_cli.ipynb #d20d3089
 _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "predict": do_predict, "export": do_export, "push": do_push, "convert": do_convert,
     "info": do_info, "backbones": do_backbones, "serve": do_serve, "demo": do_demo}
@@ -418,7 +418,7 @@ def _print_error(given: Sequence[str], error: Exception, code: int, debug: bool)
     print(f"autotimm{verb}: {text}", file=sys.stderr)
     return code
 
-# %% ../nbs/89_cli.ipynb #a4228c6e
+# %% ../nbs/89_cli.ipynb #cb4dbf85
 _FAILURES = (OSError, ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError,
              ArithmeticError, MissingExtraError)
 

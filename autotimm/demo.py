@@ -9,7 +9,7 @@ __all__ = ['TIMM_ID', 'TRANSFORMERS_ID', 'write_digits', 'OwnClassifier', 'Route
            'small_routes', 'given_routes', 'some_test_images', 'RouteResult', 'train_route', 'draw_predictions',
            'draw_curves', 'run_demo']
 
-# %% ../nbs/85_demo.ipynb #fd610ee9
+# %% ../nbs/85_demo.ipynb #abc3bf42
 import contextlib
 import os
 import time
@@ -31,7 +31,7 @@ from .testing.hub import LocalHub
 from .trainer import AutoTrainer
 from .viz import Table, plot_curves, save_figure, show_images
 
-# %% ../nbs/85_demo.ipynb #bc7d04a6
+# %% ../nbs/85_demo.ipynb #42e3204c
 def _split_digits(targets: Any, seed: int) -> dict[str, list[int]]:
     "Indices of the three stages, stratified by class."
     split = require("sklearn.model_selection", extra="demo").train_test_split
@@ -56,7 +56,7 @@ def write_digits(
                 Image.fromarray((digits.images[i] * 255 / 16).astype("uint8")).save(path)
     return root
 
-# %% ../nbs/85_demo.ipynb #a2657f31
+# %% ../nbs/85_demo.ipynb #873a0534
 def _pool(outputs: Any) -> Tensor:
     "One vector an image, (B, C), from what a vision model of transformers returns."
     pooled, last = getattr(outputs, "pooler_output", None), outputs.last_hidden_state
@@ -113,7 +113,7 @@ class OwnClassifier(pl.LightningModule):
         schedule = {"scheduler": one_cycle, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-# %% ../nbs/85_demo.ipynb #d9895242
+# %% ../nbs/85_demo.ipynb #5e2a4323
 @dataclass
 class Route:
     "One way to a model."
@@ -121,7 +121,7 @@ class Route:
     how: str                              # the call that shows it
     build: Callable[[int], Any]           # number of classes -> LightningModule
 
-# %% ../nbs/85_demo.ipynb #23b77847
+# %% ../nbs/85_demo.ipynb #39901a30
 TIMM_ID, TRANSFORMERS_ID = "autotimm-demo/timm-resnet", "autotimm-demo/transformers-resnet"
 
 def small_resnet_config(
@@ -132,7 +132,7 @@ def small_resnet_config(
     return transformers.ResNetConfig(embedding_size=32, hidden_sizes=widths, depths=[1, 1, 1],
                                      layer_type="basic")
 
-# %% ../nbs/85_demo.ipynb #511a5049
+# %% ../nbs/85_demo.ipynb #ca8f0733
 @contextlib.contextmanager
 def demo_hub(
     needed: bool = True,      # False: nothing is started
@@ -146,7 +146,7 @@ def demo_hub(
         hub.add_transformers(TRANSFORMERS_ID, small_resnet_config([48, 96, 192]))
         yield
 
-# %% ../nbs/85_demo.ipynb #ef6a148b
+# %% ../nbs/85_demo.ipynb #dd71c0a9
 def small_routes() -> list[Route]:
     "The three routes with the demo's own models."
     transformers = require("transformers", extra="demo", why="The demo's routes 2 and 3")
@@ -164,7 +164,7 @@ def small_routes() -> list[Route]:
             Route("3 transformers, Auto", f'AutoModel.from_pretrained("{TRANSFORMERS_ID}") {own}',
                   auto)]
 
-# %% ../nbs/85_demo.ipynb #7f43f235
+# %% ../nbs/85_demo.ipynb #760b47b6
 def given_routes(
     backbone: str,            # timm name, Hub id or folder
 ) -> list[Route]:             # the routes that can load it
@@ -189,7 +189,7 @@ def given_routes(
     return [first, Route("2 transformers, direct", f"{kind.__name__}(config) {own}", direct),
             Route("3 transformers, Auto", f'AutoModel.from_pretrained("{backbone}") {own}', auto)]
 
-# %% ../nbs/85_demo.ipynb #e38fcd7a
+# %% ../nbs/85_demo.ipynb #76760377
 def some_test_images(
     data: ImageDataModule,      # set up for the model at hand
     count: int = 24,            # images at most
@@ -200,7 +200,7 @@ def some_test_images(
     chosen = [images[int(i)] for i in order]
     return torch.stack([o[0] for o in chosen]), [int(o[1]) for o in chosen]
 
-# %% ../nbs/85_demo.ipynb #9b212966
+# %% ../nbs/85_demo.ipynb #b29fa40e
 @dataclass
 class RouteResult:
     "A trained model, and how well it does."
@@ -212,7 +212,7 @@ class RouteResult:
     history: list[dict[str, Any]]  # one dict for each epoch
     predicted: list[int]      # class ids of the images in the picture
 
-# %% ../nbs/85_demo.ipynb #a862aaca
+# %% ../nbs/85_demo.ipynb #57358a4e
 def train_route(
     route: Route,             # which way
     data: ImageDataModule,    # the same for all
@@ -238,7 +238,7 @@ def train_route(
     return RouteResult(route, model, count_parameters(model), seconds, metrics["test/accuracy"],
                        trainer.history, predicted)
 
-# %% ../nbs/85_demo.ipynb #be1479bb
+# %% ../nbs/85_demo.ipynb #3d776f49
 def draw_predictions(
     results: list[RouteResult],   # one for each route
     data: ImageDataModule,        # set up
@@ -255,7 +255,7 @@ def draw_predictions(
                          colors=colors)
     save_figure(figure, path)
 
-# %% ../nbs/85_demo.ipynb #c841bffe
+# %% ../nbs/85_demo.ipynb #fca1451e
 def draw_curves(
     results: list[RouteResult],   # one for each route
     path: Path,                   # PNG to write
@@ -267,7 +267,7 @@ def draw_curves(
               for quantity in ("accuracy", "loss") for o in results}
     save_figure(plot_curves(curves, width=4.5, height=3.2), path)
 
-# %% ../nbs/85_demo.ipynb #b6eee8c3
+# %% ../nbs/85_demo.ipynb #d7b3174f
 def _choose_routes(backbone: str | None, say: Callable[[str], Any]) -> list[Route]:
     "The routes, with a sentence on why these."
     if backbone is None:
@@ -290,7 +290,7 @@ def _demo_data(data: str | os.PathLike | None, small: bool, out: Path) -> ImageD
     module.setup("fit")
     return module
 
-# %% ../nbs/85_demo.ipynb #5bc7ec00
+# %% ../nbs/85_demo.ipynb #ee2b7360
 def run_demo(
     data: str | os.PathLike | None = None,            # folder of images; None: handwritten digits
     backbone: str | None = None,                      # one model in place of the small ones

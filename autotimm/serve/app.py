@@ -9,7 +9,7 @@ __all__ = ['PATHS', 'OPTIONS', 'SAFE_HEADERS', 'IMAGE_BODY', 'read_body', 'read_
            'within', 'answer_request', 'load_model', 'server_info', 'ModelServer', 'to_refusal', 'answer_errors',
            'add_routes', 'create_app', 'serve']
 
-# %% ../../nbs/84_serve_app.ipynb #4698b35d
+# %% ../../nbs/84_serve_app.ipynb #25f494d5
 import asyncio
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from ..results.images import ClassificationResult, DetectionResult
 from .batching import InferenceQueue, Limits, Refusal, ServerStats, readable_formats
 from .page import photo_page
 
-# %% ../../nbs/84_serve_app.ipynb #6b3459fd
+# %% ../../nbs/84_serve_app.ipynb #9d888fb4
 async def read_body(
     request: Any,                       # a request of Starlette
     max_bytes: int,                     # refused above that
@@ -45,7 +45,7 @@ async def read_body(
                   "Send a smaller image; a JPEG of a few million pixels is enough.",
                   {"Connection": "close"})
 
-# %% ../../nbs/84_serve_app.ipynb #440401a9
+# %% ../../nbs/84_serve_app.ipynb #0cf4ef5f
 def _refuse_form(error: Exception, limits: Limits) -> Refusal:
     "The refusal for a form that Starlette cannot read."
     way_out = "Send one image or a few, as form field 'file'."
@@ -74,7 +74,7 @@ async def read_images(
     raise Refusal(400, "The form has no field 'file' with an image in it.",
                   "Name the field 'file', as in curl -F file=@photo.jpg.")
 
-# %% ../../nbs/84_serve_app.ipynb #b247ea9b
+# %% ../../nbs/84_serve_app.ipynb #4def0bb0
 def result_json(
     result: Any,                        # has `to_dict`
     name: str | None = None,            # of the file
@@ -90,7 +90,7 @@ def result_json(
     else: values = result.to_dict()
     return {**values, "name": name}
 
-# %% ../../nbs/84_serve_app.ipynb #8639f900
+# %% ../../nbs/84_serve_app.ipynb #7315d0cd
 def collect_outcomes(
     names: list[str | None],            # of the files
     outcomes: list[Any],                # a result as JSON or an exception for each
@@ -102,7 +102,7 @@ def collect_outcomes(
     return [{"name": name, "error": o.error, "way_out": o.way_out, "status": o.status}
             if isinstance(o, Refusal) else o for name, o in zip(names, outcomes)]
 
-# %% ../../nbs/84_serve_app.ipynb #80db7dc5
+# %% ../../nbs/84_serve_app.ipynb #fd07ad2a
 async def _disconnected(request: Any) -> None:
     "Wait until the client hangs up."
     while (await request.receive())["type"] != "http.disconnect": pass
@@ -121,7 +121,7 @@ async def within(
     if left in done: raise Refusal(499, "The client has disconnected.", "Wait for the answer.")
     return work in done
 
-# %% ../../nbs/84_serve_app.ipynb #cd939c41
+# %% ../../nbs/84_serve_app.ipynb #e25f5fa4
 async def _read_in_time(request: Any, queue: InferenceQueue) -> list[tuple[str | None, bytes]]:
     "The images of a request, within the time that it may take."
     seconds = queue.limits.timeout_s
@@ -149,7 +149,7 @@ async def answer_request(
     raise Refusal(504, f"The answer took longer than {queue.limits.timeout_s:g} seconds.",
                   "Try again, or send a smaller image.")
 
-# %% ../../nbs/84_serve_app.ipynb #f3b4ba48
+# %% ../../nbs/84_serve_app.ipynb #0e81ac4c
 def load_model(
     model: Any,                         # has `predict`, or a folder, a Hub id, an ONNX file
 ) -> Any:                               # has `predict`
@@ -164,7 +164,7 @@ def load_model(
     raise TypeError(f"A model to serve has a method predict(images), got {type(model).__name__}. "
                     "Pass a task, an ONNX file, a folder or a Hub id.")
 
-# %% ../../nbs/84_serve_app.ipynb #9156e293
+# %% ../../nbs/84_serve_app.ipynb #1423c866
 def server_info(
     model: Any,                         # the model that is served
     title: str,                         # of the page
@@ -178,7 +178,7 @@ def server_info(
             "input_size": [int(o) for o in config.get("input_size") or ()] or None,
             "formats": list(readable_formats()), "limits": dataclasses.asdict(limits)}
 
-# %% ../../nbs/84_serve_app.ipynb #841f4339
+# %% ../../nbs/84_serve_app.ipynb #616763ec
 class ModelServer:
     "A model with its limits and counters, and an `InferenceQueue` on the event loop that runs."
     def __init__(
@@ -215,7 +215,7 @@ class ModelServer:
                 "inside": queue.admission.images if queue else 0,
                 "model_busy_s": None if since is None else round(now - since, 2)}
 
-# %% ../../nbs/84_serve_app.ipynb #eadac0f0
+# %% ../../nbs/84_serve_app.ipynb #e16fc5b4
 PATHS = ("GET / is a page, POST /predict takes an image, GET /info describes the model, "
          "GET /health has the server's counters.")
 OPTIONS = {"top_k": "a whole number from 1 to 1000", "score_thresh": "a number from 0 to 1"}
@@ -246,7 +246,7 @@ def to_refusal(
         return _option_refusal(error)
     return Refusal(500, "The server failed.", "Try again. The server's log has the reason.")
 
-# %% ../../nbs/84_serve_app.ipynb #9dc8ac00
+# %% ../../nbs/84_serve_app.ipynb #43675d02
 def answer_errors(
     app: Any,                           # a FastAPI app
     stats: ServerStats,                 # counts the refusals
@@ -264,7 +264,7 @@ def answer_errors(
              starlette("fastapi.exceptions").RequestValidationError)
     for kind in kinds: app.add_exception_handler(kind, reply)
 
-# %% ../../nbs/84_serve_app.ipynb #7025380a
+# %% ../../nbs/84_serve_app.ipynb #a01758da
 IMAGE_BODY = {"requestBody": {"required": True, "content": {
     "image/*": {"schema": {"type": "string", "format": "binary"}},
     "multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": {
@@ -284,11 +284,12 @@ def add_routes(
     "Add the page, `/info`, `/health` and `/predict` to an app."
     fastapi = require("fastapi", extra="serve", why="A server")
     JSON, HTML = fastapi.responses.JSONResponse, fastapi.responses.HTMLResponse
-    info, (text, headers) = server_info(server.model, title, server.limits), photo_page(title)
+    description = server_info(server.model, title, server.limits)
+    text, headers = photo_page(title)
     @app.get("/", response_class=HTML)
     async def home() -> Any: return HTML(text, headers={**SAFE_HEADERS, **headers})
     @app.get("/info")
-    async def describe() -> Any: return JSON(info, headers=SAFE_HEADERS)
+    async def info() -> Any: return JSON(description, headers=SAFE_HEADERS)
     @app.get("/health")
     async def health() -> Any: return JSON(server.health(), headers=SAFE_HEADERS)
     @app.post("/predict", openapi_extra=IMAGE_BODY)
@@ -298,9 +299,9 @@ def add_routes(
         _check_options(request.query_params)
         results = await answer_request(request, server.queue(), top_k=top_k,
                                        score_thresh=score_thresh)
-        return JSON({"task": info["task"], "results": results}, headers=SAFE_HEADERS)
+        return JSON({"task": description["task"], "results": results}, headers=SAFE_HEADERS)
 
-# %% ../../nbs/84_serve_app.ipynb #ffb61955
+# %% ../../nbs/84_serve_app.ipynb #8a4b657d
 def _default_title(model: Any) -> str:
     "The last part of a folder or Hub id, or the name of the model's class."
     if not isinstance(model, (str, os.PathLike)): return type(model).__name__
@@ -335,7 +336,7 @@ def create_app(
     add_routes(app, server, name)
     return app
 
-# %% ../../nbs/84_serve_app.ipynb #f0ad8e5a
+# %% ../../nbs/84_serve_app.ipynb #d9ccec8a
 def serve(
     model: Any,                         # has `predict`, or a folder, a Hub id, an ONNX file
     host: str = "127.0.0.1",            # this machine alone; "0.0.0.0": all networks

@@ -68,12 +68,15 @@ def timm_layer_groups(
 
 # %% ../../nbs/15_backbones_timm.ipynb #b815456c
 class TimmLibrary:
-    "How a timm model is run, and one's own module, which has the same calls or does without."
+    """How a timm model is run, and a user's own module, which may have the same methods.
 
-    def __init__(
-        self,
-        kind: str = "timm",     # 'timm', or 'module' for one's own
-    ) -> None:
+    Parameters
+    ----------
+    kind : str, default 'timm'
+        'timm', or 'module' for a user's own.
+    """
+
+    def __init__(self, kind: str = "timm") -> None:
         self.kind = kind
 
     def pooled(self, model: Any, x: Tensor) -> Tensor:

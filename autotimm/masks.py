@@ -284,7 +284,7 @@ def as_numbers(
         return np.array([o if isinstance(o, (int, float)) and abs(o) < 1e300 else np.nan
                          for o in values], np.float64)
 
-# %% ../nbs/22_masks.ipynb #658a453e
+# %% ../nbs/22_masks.ipynb #52069682
 def _flatten_rings(rings: list[Any]) -> tuple[Ragged, np.ndarray]:
     "Outlines as float32, and (R,) whether each is at least three pairs of numbers."
     lengths = np.array([len(o) if o.__class__ is list else 0 for o in rings], np.int64)
@@ -298,6 +298,7 @@ def _flatten_rings(rings: list[Any]) -> tuple[Ragged, np.ndarray]:
         good[np.repeat(np.arange(len(rings)), np.diff(ragged.starts))[~finite]] = False
     return ragged, good
 
+# %% ../nbs/22_masks.ipynb #60a856b4
 def _run_text(rle: Mapping[str, Any]) -> tuple[bytes, Any]:
     "COCO's text of run lengths, and their size. Raises `ValueError` where they are none."
     counts, size = rle.get("counts"), rle.get("size")
@@ -308,6 +309,7 @@ def _run_text(rle: Mapping[str, Any]) -> tuple[bytes, Any]:
     if not ((lengths := as_numbers(counts)) <= 2**31).all(): raise ValueError("no numbers")
     return rle_compress(lengths, *size), size
 
+# %% ../nbs/22_masks.ipynb #658a453e
 def mask_columns(
     segmentations: Sequence[Any],   # of each object, as in the file; None: no mask
 ) -> tuple[Columns, set[int]]:      # the columns, and the objects whose segmentation is broken

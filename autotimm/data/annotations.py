@@ -71,6 +71,7 @@ def _object_mask(columns: Columns, root: str | None, j: int, size: tuple[int, in
     raise ValueError(f"{name!r} has {mask.shape[0]} x {mask.shape[1]} pixels, but the image has "
                      f"{size[0]} x {size[1]}")
 
+# %% ../../nbs/34_data_annotations.ipynb #07055611
 def _rings(columns: Columns, j: int) -> list[np.ndarray]:
     "The outlines of an object."
     points = columns.ragged("points")
@@ -84,7 +85,18 @@ def _take_objects(columns: Columns, objects: np.ndarray) -> dict[str, np.ndarray
     return {**taken, "rings": np.arange(len(outlines)),
             "points": points.values, "points.starts": points.starts}
 
-# %% ../../nbs/34_data_annotations.ipynb #07055611
+# %% ../../nbs/34_data_annotations.ipynb #81156370
+def _find_classes(classes: list[Any], names: list[str], ids: list[int]) -> list[int]:
+    "The labels of some classes, by name or id. Raises `ValueError` for unknown ones."
+    labels: dict[Any, int] = {**{o: k for k, o in enumerate(ids)},
+                              **{o: k for k, o in enumerate(names)}}
+    if unknown := [o for o in classes if o not in labels]:
+        raise ValueError(f"Unknown classes: {', '.join(map(repr, unknown))}. There are: "
+                         f"{', '.join(map(repr, names[:30]))}, with the category ids "
+                         f"{', '.join(map(str, ids[:30]))}.")
+    return sorted({labels[o] for o in classes})
+
+# %% ../../nbs/34_data_annotations.ipynb #3c6bf167
 class Annotations(AnnotationArrays):
     """The images of one split, their boxes and masks, in arrays; item `i` is a `Sample`.
 
@@ -171,7 +183,8 @@ class Annotations(AnnotationArrays):
         """
         if rings := self.rings(j): return [o.tolist() for o in rings]
         height, width = (int(o) for o in size)
-        if text := self._columns.ragged("rle").text(j): return dict(size=[height, width], counts=text)
+        if text := self._columns.ragged("rle").text(j):
+            return dict(size=[height, width], counts=text)
         return rle_encode(_object_mask(self._columns, self.root, j, (height, width)))
 
     def subset(self, indices: Iterable[int]) -> "Annotations":
@@ -206,16 +219,6 @@ class Annotations(AnnotationArrays):
                    **_take_objects(self._columns, objects), "starts": starts}
         return Annotations(columns, self.root, self.class_names, self.category_ids, self.problems)
 
-def _find_classes(classes: list[Any], names: list[str], ids: list[int]) -> list[int]:
-    "The labels of some classes, by name or id. Raises `ValueError` for unknown ones."
-    labels: dict[Any, int] = {**{o: k for k, o in enumerate(ids)},
-                              **{o: k for k, o in enumerate(names)}}
-    if unknown := [o for o in classes if o not in labels]:
-        raise ValueError(f"Unknown classes: {', '.join(map(repr, unknown))}. There are: "
-                         f"{', '.join(map(repr, names[:30]))}, with the category ids "
-                         f"{', '.join(map(str, ids[:30]))}.")
-    return sorted({labels[o] for o in classes})
-
 # %% ../../nbs/34_data_annotations.ipynb #b108090d
 def _find_missing(draft: "AnnotationDraft") -> None:
     "Note images that do not exist. A folder is listed once, however many images it has."
@@ -232,6 +235,7 @@ def _find_missing(draft: "AnnotationDraft") -> None:
         if leaf not in listed[folder] and i not in draft.bad_images:
             draft.drop_image(i, "image missing", os.path.join(draft.root, name))
 
+# %% ../../nbs/34_data_annotations.ipynb #bf4cc210
 def _limits(draft: "AnnotationDraft") -> np.ndarray:
     "(M, 4) largest x, y, x, y of each box: its image's size; infinite where that is unknown."
     if not len(draft.sizes): return np.full((len(draft.boxes), 4), np.inf)
@@ -257,6 +261,7 @@ def _check_boxes(draft: "AnnotationDraft") -> tuple[np.ndarray, np.ndarray]:
             draft.drop_object(j, kind, f"{size}: x {x0} to {x1}, y {y0} to {y1}")
     return clipped, area & ~thin
 
+# %% ../../nbs/34_data_annotations.ipynb #246fc3c5
 def _check_masks(draft: "AnnotationDraft") -> np.ndarray:
     "Note objects without a mask; (M,) whether there is one."
     present = np.zeros(len(draft.labels), bool)
@@ -293,6 +298,7 @@ def _draft_columns(draft: "AnnotationDraft", boxes: np.ndarray, images: np.ndarr
     else: columns.put("image_ids", Ragged.from_texts(map(str, draft.image_ids)))
     return columns
 
+# %% ../../nbs/34_data_annotations.ipynb #413798c9
 @dataclass
 class AnnotationDraft:
     """What a reader found, its objects in any order. A label or image of -1 is one that is unknown.

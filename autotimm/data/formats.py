@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,12 @@ from ..core import atomic_path, lookup, near_matches, require
 from .annotations import (AnnotationDraft, Annotations, FoundObject, FoundObjects,
                                        match_classes)
 from .coco import (ON_PROBLEM, AnnotationError, CocoObjects, Problem, category_ids,
-                                load_coco, repeated, take_dicts)
-from .images import IMAGE_SUFFIXES, list_images
-from .readers import image_root, label_text, pick_column, read_table, read_text
-from .samples import sort_labels, SPLIT_FOLDERS
+                                load_coco, look_up, repeated, take_dicts)
+from .readers import (IMAGE_SUFFIXES, SPLIT_FOLDERS, image_root, label_text,
+                                   list_images, pick_column, read_table, read_text, sort_labels)
 from ..masks import Ragged, as_decimals, as_numbers
 
 # %% ../../nbs/35_data_formats.ipynb #ebffb3d7
-def _positions(keys: Sequence[Any], index: Mapping[Any, int]) -> np.ndarray:
-    "int64 place of each key, -1 for unknown ones."
-    # True is 1 to a dict.
-    if bool in {*map(type, keys)}: keys = [None if o.__class__ is bool else o for o in keys]
-    try: return np.fromiter(map(index.get, keys, repeat(-1)), np.int64, len(keys))
-    except TypeError:
-        return np.array([index.get(o, -1) if isinstance(o, (int, str, float)) else -1
-                         for o in keys], np.int64)
-
 def _add_images(records: list[dict[str, Any]], draft: AnnotationDraft) -> dict[Any, int]:
     "Put the images into a draft; their places by id."
     names = [o.get("file_name") for o in records]
@@ -59,6 +49,7 @@ def _add_images(records: list[dict[str, Any]], draft: AnnotationDraft) -> dict[A
         else: index[key] = i
     return index
 
+# %% ../../nbs/35_data_formats.ipynb #5bff486c
 def _check_ids(draft: AnnotationDraft, objects: CocoObjects, found: Mapping[str, int]) -> None:
     "Note objects whose image or category is unknown, or whose id is another's."
     for j in np.flatnonzero(draft.image_of < 0).tolist():
@@ -81,6 +72,7 @@ def _image_name(draft: AnnotationDraft, j: int) -> str:
     "The image of an object, in messages."
     return draft.files[draft.image_of[j]] if draft.image_of[j] >= 0 else "an unknown image"
 
+# %% ../../nbs/35_data_formats.ipynb #c8104bc4
 def _check_segmentations(draft: AnnotationDraft, broken: dict[int, str]) -> None:
     "Note broken segmentations, and run lengths of another size than the image, which are removed."
     sizes = np.concatenate([draft.sizes, [[0, 0]]])[draft.image_of]
@@ -116,9 +108,9 @@ def _coco_draft(path: Path, root: str | None, classes: Annotations | Sequence[st
         np.nan_to_num(objects.array("iscrowd")) > 0, objects.array("areas"), objects.masks(),
         lambda j: f"annotation {objects.ids[j]!r}", names, ids, problems)
     index = _add_images(take_dicts(table["images"], "images", problems), draft)
-    draft.image_of = _positions(objects.image_ids, index)
+    draft.image_of = look_up(objects.image_ids, index)
     labels = {found[o]: k for k, o in enumerate(names) if o in found}
-    draft.labels = _positions(objects.category_ids, labels)
+    draft.labels = look_up(objects.category_ids, labels)
     _check_ids(draft, objects, found)
     _check_segmentations(draft, objects.broken)
     return draft
@@ -182,6 +174,7 @@ def split_folder(
     names = [split, *SPLIT_FOLDERS.get(split, ())]
     return next((root / o for o in names if (root / o / inside).is_dir()), None)
 
+# %% ../../nbs/35_data_formats.ipynb #354605ed
 def voc_list(
     root: Path,             # of the data set
     split: str,             # 'train', 'val' or 'test', or any other name
@@ -193,6 +186,7 @@ def voc_list(
     places = [folder / f"{o}.txt" for o in (split, *SPLIT_FOLDERS.get(split, ()))]
     return next((o for o in places if o.is_file()), None)
 
+# %% ../../nbs/35_data_formats.ipynb #fd54dbfc
 def _voc_members(root: Path, split: str | None, masks: bool) -> tuple[list[Path], Path]:
     "The XML files of a split, and the folder of the images."
     folder = root / "Annotations"
@@ -211,6 +205,7 @@ def _voc_members(root: Path, split: str | None, masks: bool) -> tuple[list[Path]
                          "XML files beside the images.")
     return found, images
 
+# %% ../../nbs/35_data_formats.ipynb #eeb06984
 def _xml_number(element: Any, path: str) -> float:
     "The number in an XML element. Raises `ValueError` that says what is missing."
     found = element.find(path)
@@ -255,6 +250,7 @@ def _add_xml(path: Path, images: Path, into: FoundObjects, first_pixel: int,
             into.objects.append(FoundObject(image, xyxy, label, f"{path.name}, {title}",
                                        hard and difficult == "crowd", (), mask_file, k))
 
+# %% ../../nbs/35_data_formats.ipynb #ca6af075
 def read_voc(
     folder: str | os.PathLike[str],                      # VOC, or XML files beside images
     split: str | None = None,                            # of ImageSets, or a folder; None: all
@@ -291,6 +287,7 @@ def _class_numbers(names: Any, file: Path) -> dict[str, int]:
             raise AnnotationError(f"{file}: class {k} of 'names' has no name, got {name!r}.")
     return {str(numbered[k]): k for k in sorted(numbered)}
 
+# %% ../../nbs/35_data_formats.ipynb #2d6058f8
 def yolo_config(
     source: Path,                                  # the folder, or its data.yaml
     classes: Annotations | Sequence[str] | None,   # where no file names them
@@ -323,6 +320,7 @@ def _listed_classes(folder: Path, classes: Annotations | Sequence[str] | None) -
                          "classes.txt in it, or classes= (class_names= of a data module).")
     return {str(o): k for k, o in enumerate(names)}
 
+# %% ../../nbs/35_data_formats.ipynb #6107c013
 def _yolo_images(root: Path, config: Mapping[str, Any], split: str) -> list[Path]:
     "The images of a split."
     keys = (split, *SPLIT_FOLDERS.get(split, ()))
@@ -350,6 +348,7 @@ def _yolo_folder(root: Path, split: str) -> Path:
                          f"{split}/images, or {split!r} in data.yaml.")
     return place / "images" if (place / "images").is_dir() else place
 
+# %% ../../nbs/35_data_formats.ipynb #f75895dc
 def _label_file(image: Path) -> Path:
     "The text file of an image: 'labels' in place of the last 'images' of its path, or beside it."
     parts = list(image.parts)
@@ -386,6 +385,7 @@ def _add_labels(image: Path, into: FoundObjects) -> None:
             name = f"{file.name}, line {k}"
             into.objects.append(FoundObject(i, box, key, name, outlines=outlines))
 
+# %% ../../nbs/35_data_formats.ipynb #97ada305
 def read_yolo(
     source: str | os.PathLike[str],                      # the folder, or its data.yaml
     split: str = "train",                                # 'train', 'val', ...
@@ -438,6 +438,7 @@ def _corners(box: Sequence[float], box_format: str) -> tuple[float, float, float
     if box_format == "cxcywh": return a - c / 2, b - d / 2, a + c / 2, b + d / 2
     return a, b, c, d
 
+# %% ../../nbs/35_data_formats.ipynb #80fbf71d
 @dataclass
 class _BoxTable:
     "The columns of a table of boxes, as texts."
@@ -466,6 +467,7 @@ class _BoxTable:
         elif self.masks[k]: mask_file = os.path.relpath(mask, self.root)
         into.objects.append(FoundObject(numbers[path], xyxy, label, where, mask_file=mask_file))
 
+# %% ../../nbs/35_data_formats.ipynb #0b923eff
 def read_csv_boxes(
     table: Any,                                          # path of a CSV file, or a data frame
     image_dir: str | os.PathLike[str] | None = None,     # None: the table's, or the working one

@@ -74,6 +74,7 @@ def _find_coco(root: Path, masks: bool, options: Mapping[str, Any]) -> Readers:
     files = {k: _coco_file(root, names, masks) for k, names in SPLIT_FOLDERS.items()}
     return {k: coco_reader(o, None, root, k) for k, o in files.items() if o is not None}
 
+# %% ../../nbs/36_data_objects.ipynb #c643326d
 def _find_voc(root: Path, masks: bool, options: Mapping[str, Any]) -> Readers:
     "A reader for each split; all is the training split where there are no lists."
     root = latest_voc(root)
@@ -88,6 +89,7 @@ def _find_voc(root: Path, masks: bool, options: Mapping[str, Any]) -> Readers:
         if not all((root / "Annotations" / f"{o}.xml").is_file() for o in names): del lists["test"]
     return {k: partial(read_voc, root, k) for k in SPLIT_FOLDERS if k in lists or k in folders}
 
+# %% ../../nbs/36_data_objects.ipynb #3357d409
 def _find_yolo(root: Path, masks: bool, options: Mapping[str, Any]) -> Readers:
     "A reader for each split."
     files = [root] if root.suffix in (".yaml", ".yml") else [root / o for o in YAML_FILES]
@@ -108,6 +110,7 @@ def _find_csv(root: Path, masks: bool, options: Mapping[str, Any]) -> Readers:
               for k, names in SPLIT_FOLDERS.items()}
     return {k: partial(read_csv_boxes, o, **columns) for k, o in tables.items() if o is not None}
 
+# %% ../../nbs/36_data_objects.ipynb #657763ff
 BOX_FORMATS: dict[str, Callable[..., Readers]] = {
     "coco": _find_coco, "voc": _find_voc, "yolo": _find_yolo, "csv": _find_csv}
 BOX_LAYOUTS = {
@@ -118,6 +121,7 @@ BOX_LAYOUTS = {
     "csv": "train.csv",
 }
 
+# %% ../../nbs/36_data_objects.ipynb #c01bf500
 def find_boxes(
     root: str | os.PathLike[str],          # the data set; for YOLO also its data.yaml
     format: str | None = None,             # 'coco', 'voc', 'yolo', 'csv'; None: the one found
@@ -212,6 +216,7 @@ def _albumentations_format(transform: Any) -> str:
                          "Compose(..., bbox_params=BboxParams(format='pascal_voc')).")
     return lookup(ALBUMENTATIONS_BOXES, params.format, "Format of BboxParams")
 
+# %% ../../nbs/36_data_objects.ipynb #df5bd05f
 def _augment(pipeline: Any, call: Callable[..., Any], sample: dict[str, Any],
              box_format: str) -> dict[str, Any]:
     "A sample after albumentations."
@@ -233,6 +238,7 @@ def _augment(pipeline: Any, call: Callable[..., Any], sample: dict[str, Any],
     kept = take_objects(sample, left[:, 4].long())
     return {**out, **kept, "boxes": box_convert(left[:, :4], box_format, "xyxy")}
 
+# %% ../../nbs/36_data_objects.ipynb #7afd5b6e
 _TYPES = dict(boxes=torch.float32, labels=torch.int64, iscrowd=torch.bool, area=torch.float32,
               masks=torch.bool, letterbox=torch.float32)
 
@@ -259,6 +265,13 @@ def _check_output(out: Any, before: Mapping[str, Any], name: str, is_train: bool
     return {"image": image, **{k: v.to(_TYPES[k]) for k, v in parts.items()}}
 
 # %% ../../nbs/36_data_objects.ipynb #08c370f8
+def _check_size(size: tuple[int, int], expected: tuple[int, ...]) -> None:
+    "Raise `BadImageError` for an image of another size than its annotations."
+    if not all(expected) or size == expected: return
+    raise BadImageError(f"it has {size[0]} x {size[1]} pixels (height x width), and its "
+                        f"annotations are for {expected[0]} x {expected[1]}")
+
+# %% ../../nbs/36_data_objects.ipynb #bf3c59f4
 class BoxDataset(DenseDataset):
     """Images with boxes, and with masks if wanted.
 
@@ -316,7 +329,7 @@ class BoxDataset(DenseDataset):
         image, parts = self.load(index), self.annotations.target(index)
         size = (image.shape[-2], image.shape[-1])
         try:
-            self._check_size(size, tuple(self.annotations.sizes[index].tolist()))
+            _check_size(size, tuple(self.annotations.sizes[index].tolist()))
             if self.masks: parts["masks"] = self.annotations.masks(index, size)
         except ValueError as e:
             name = self.annotations.image_path(index)
@@ -324,12 +337,6 @@ class BoxDataset(DenseDataset):
         objects = {k: torch.from_numpy(v) for k, v in parts.items() if k in OBJECT_PARTS}
         if self.split == "train": objects = take_objects(objects, ~objects["iscrowd"])
         return {"image": image, **objects}
-
-    def _check_size(self, size: tuple[int, int], expected: tuple[int, ...]) -> None:
-        "Raise `BadImageError` for an image of another size than its annotations."
-        if not all(expected) or size == expected: return
-        raise BadImageError(f"it has {size[0]} x {size[1]} pixels (height x width), and its "
-                            f"annotations are for {expected[0]} x {expected[1]}")
 
     def read(self, index: int) -> dict[str, Any]:
         "The item as the model takes it. Raises `BadImageError`."

@@ -48,6 +48,7 @@ def _tensor_filter(interpolation: str) -> InterpolationMode:
     known = interpolation in ("nearest", "bilinear", "bicubic")
     return InterpolationMode(interpolation if known else "bicubic")
 
+# %% ../../nbs/32_data_dense.ipynb #198670c7
 class Letterbox(nn.Module):
     """Resize to fit and fill up at the right and below, or stretch; records how to get back.
 
@@ -223,6 +224,7 @@ def _augmentations(
         steps.append(DropTinyBoxes(config.min_bbox_area, min_visibility=config.min_visibility))
     return steps
 
+# %% ../../nbs/32_data_dense.ipynb #b2dd9ce7
 def _check_augmentation(config: TransformConfig, channels: int) -> None:
     "Raise `ValueError` for what the dense tasks cannot do in training."
     if config.backend != "torchvision":
@@ -232,6 +234,7 @@ def _check_augmentation(config: TransformConfig, channels: int) -> None:
         raise ValueError(f"Preset 'strong' changes colours, and the model takes {channels} "
                          "channels. Use 'default' or 'light', or your own train_transforms.")
 
+# %% ../../nbs/32_data_dense.ipynb #8229952d
 def dense_pipeline(
     data_config: Mapping[str, Any],                 # input_size, mean, std, interpolation
     config: TransformConfig = TransformConfig(),    # preset, ignore_index, min_bbox_area
@@ -266,6 +269,7 @@ def _place(
     left, above = corner % 2 == 0, corner < 2
     return dense, (centre[0] - width * left, centre[1] - height * above)
 
+# %% ../../nbs/32_data_dense.ipynb #d4023df9
 def _paste(canvas: Tensor, part: Tensor, x: int, y: int) -> None:
     "Put (..., h, w) on (..., H, W), of which it may reach over the edges."
     height, width = canvas.shape[-2:]
@@ -273,12 +277,13 @@ def _paste(canvas: Tensor, part: Tensor, x: int, y: int) -> None:
     target = canvas[..., max(y, 0):y + h, max(x, 0):x + w]
     target.copy_(part[..., max(-y, 0):height - y, max(-x, 0):width - x])
 
+# %% ../../nbs/32_data_dense.ipynb #5c3c268f
 def _join_objects(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "The objects of all samples, masks left out."
     names = [o for o in OBJECT_PARTS if o in samples[0] and o != "masks"]
     return {name: torch.cat([o[name] for o in samples]) for name in names}
 
-# %% ../../nbs/32_data_dense.ipynb #d4023df9
+# %% ../../nbs/32_data_dense.ipynb #6ec37090
 def _join_on_canvas(
     placed: Sequence[_Placed], size: tuple[int, int], fill: Sequence[int],
 ) -> dict[str, Any]:
@@ -297,6 +302,7 @@ def _join_on_canvas(
     joined = {**_join_objects([o for o, _ in placed]), "image": canvas}
     return {**joined, "masks": torch.cat(masks)} if masks else joined
 
+# %% ../../nbs/32_data_dense.ipynb #2094ce11
 def mosaic(
     samples: Sequence[Mapping[str, Any]],       # upper left, upper right, lower left, lower right
     size: tuple[int, int],                      # (height, width) that each is fitted to, pixels

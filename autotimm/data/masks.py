@@ -38,6 +38,7 @@ def _check_mapping(mapping: Any, ignore_index: int) -> dict[int, int]:
                          f"ids, both from 0 on, got {mapping!r}.")
     return ids
 
+# %% ../../nbs/08_data_masks.ipynb #720bf139
 @dataclass(frozen=True)
 class MaskCodes:
     """How the numbers in mask files become class ids.
@@ -101,6 +102,7 @@ def _mask_numbers(path: str | os.PathLike) -> np.ndarray:
     if image.mode == "1": image = image.convert("L").point(lambda o: o // 255)
     return np.asarray(image).astype(np.int64)
 
+# %% ../../nbs/08_data_masks.ipynb #f8550fd5
 def load_mask(
     path: str | os.PathLike,            # an image of class ids: grey, palette, 1 or 16 bits
     codes: MaskCodes = MaskCodes(),     # what its numbers mean
@@ -166,6 +168,7 @@ def _pairs(
     if not samples: raise ValueError(f"There are no {split} images in {where!r}.")
     return samples
 
+# %% ../../nbs/08_data_masks.ipynb #cf40c66c
 def _by_stem(images: Path, masks: Path, split: str) -> list[Sample]:
     "Images of a folder with the masks of the same path and stem in another."
     if not masks.is_dir():
@@ -176,6 +179,7 @@ def _by_stem(images: Path, masks: Path, split: str) -> list[Sample]:
         return stems.get(image.relative_to(images).with_suffix(""))
     return _pairs(list_images(images)[0], find, split, str(images))
 
+# %% ../../nbs/08_data_masks.ipynb #8b83ce47
 def _read_png_masks(root: Path) -> Splits:
     "images/train and masks/train, or train/images and train/masks."
     inner = find_split_folders(root / "images") if (root / "images").is_dir() else {}
@@ -195,7 +199,7 @@ def _read_png_masks(root: Path) -> Splits:
         splits.class_names = [o.strip() for o in read_text(names).splitlines() if o.strip()]
     return splits
 
-# %% ../../nbs/08_data_masks.ipynb #cf40c66c
+# %% ../../nbs/08_data_masks.ipynb #41f13852
 def _read_cityscapes(root: Path) -> Splits:
     "leftImg8bit/train/city/*_leftImg8bit.png and gtFine/train/city/*_gtFine_labelIds.png."
     splits = Splits(class_names=CITYSCAPES_CLASSES)
@@ -211,6 +215,7 @@ def _read_cityscapes(root: Path) -> Splits:
     if not splits.train: raise ValueError(f"{str(root)!r} has no leftImg8bit/train with images.")
     return splits
 
+# %% ../../nbs/08_data_masks.ipynb #e687909c
 def _read_coco_stuff(root: Path) -> Splits:
     "train2017 and stuffthingmaps/train2017: PNG masks of the ids 0 to 181."
     splits = Splits(class_names=COCO_STUFF_CLASSES)
@@ -252,6 +257,7 @@ def _read_voc_masks(root: Path) -> Splits:
         raise ValueError(f"{str(root)!r} has no ImageSets/Segmentation/train.txt with images.")
     return splits
 
+# %% ../../nbs/08_data_masks.ipynb #741f9516
 MASK_FORMATS: dict[str, Callable[[Path], Splits]] = {
     "png": _read_png_masks, "coco": _read_coco_stuff, "cityscapes": _read_cityscapes,
     "voc": _read_voc_masks}

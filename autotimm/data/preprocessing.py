@@ -63,6 +63,7 @@ def _named_data_config(name: str) -> dict[str, Any]:
     from autotimm.backbones.backbone import create_backbone
     return dict(create_backbone(name, pretrained=False).data_config)
 
+# %% ../../nbs/30_data_preprocessing.ipynb #4bd15d49
 def resolve_backbone_data_config(
     backbone: str | nn.Module,                                   # a name, a Hub id, or a module
     override_mean: tuple[float, ...] | None = None,              # one value a channel, from 0 to 1
@@ -120,6 +121,7 @@ def _check_size(size: object) -> tuple[int, int]:
         raise ValueError(f"image_size must be a positive int or (height, width), got {size!r}.")
     return sides[0], sides[1]
 
+# %% ../../nbs/30_data_preprocessing.ipynb #e2396bef
 def _check_channel_values(values: Any, name: str) -> tuple[float, ...]:
     "Mean or std as floats, or a `ValueError`."
     if len(values) not in PIL_MODES:

@@ -23,6 +23,7 @@ def raw_random_states() -> tuple[Any, Any, torch.Tensor]:
     "The states of the random generators on the CPU, in the form that each library gives."
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
+# %% ../nbs/05_seeding.ipynb #ea538d34
 def set_raw_random_states(
     states: tuple[Any, Any, torch.Tensor],    # of `raw_random_states`
 ) -> None:
@@ -40,6 +41,7 @@ def accelerator_states() -> dict[str, torch.Tensor]:    # empty without a GPU
     if torch.backends.mps.is_available(): states["mps"] = torch.mps.get_rng_state()
     return states
 
+# %% ../nbs/05_seeding.ipynb #42b78bdf
 def random_states(
     raw: Any = None,                # of `raw_random_states` and `accelerator_states`; None: now
 ) -> dict[str, Any]:                # plain values and tensors

@@ -38,8 +38,9 @@ def image_of(
     "The image of an item."
     return item["image"] if isinstance(item, Mapping) else item[0]
 
+# %% ../../nbs/37_data_image_loader.ipynb #b5297ac6
 def collate_samples(
-    items: list[Any],           # (image, target) pairs or dicts with 'image', and `BadImage` records
+    items: list[Any],           # pairs, or dicts with 'image', and `BadImage` records
     join: Callable[[list[Any]], Any] = default_collate,  # makes a batch of items
 ) -> Any:                       # (images (B, C, H, W), targets) or a dict, with the records if any
     "One batch of the items that could be read."
@@ -82,8 +83,8 @@ class ImageLoader(ResumableLoader):
             yield last
         log.report()
         if last is None and missing:
-            raise BadImageError(f"Not one of the {len(dataset)} images of the {dataset.split} data can "
-                                f"be read; the first: {next(iter(log.images.items()), None)}.")
+            raise BadImageError(f"Not one of the {len(dataset)} images of the {dataset.split} data "
+                                f"can be read; the first: {next(iter(log.images.items()), None)}.")
         for _ in range(missing if dataset.split == "train" else 0): yield last
 
 # %% ../../nbs/37_data_image_loader.ipynb #37402861
@@ -127,6 +128,7 @@ def balanced_sampler(
     counts = Counter(targets)
     return WeightedRandomSampler([1 / counts[t] for t in targets], len(targets))
 
+# %% ../../nbs/37_data_image_loader.ipynb #bd79085c
 def sampler_of(
     dataset: SampleDataset,         # of one split
     balanced: bool,                 # whether training draws each class as often

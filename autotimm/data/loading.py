@@ -240,6 +240,7 @@ def loader_states(
         return only == "" or (only == "data") == of_data
     return {name: state for name, state in states.items() if is_wanted(name)}
 
+# %% ../../nbs/09_data_loading.ipynb #e2ae9dc2
 def set_loader_states(
     loader: Any,                              # a DataLoader like the one whose states were taken
     states: dict[str, Any],                   # of `loader_states`
@@ -281,7 +282,7 @@ class PositionedLoader(DataLoader):
     def __iter__(self) -> Any: return self._give()
 
     def begin_pass(self) -> Iterator[Any]:
-        "Start a pass: where a state says, or at the first batch; a subclass may prepare data first."
+        "Start a pass, where a state says or at the first batch; subclasses may prepare data."
         batches, self.given = self.batches, 0
         if batches is None:
             self.passes += 1

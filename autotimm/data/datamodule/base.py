@@ -7,7 +7,7 @@ Docs: https://theja-vanka.github.io/AutoTimm/data_base.html.md"""
 # %% auto #0
 __all__ = ['VisionDataModule']
 
-# %% ../../../nbs/38_data_base.ipynb #2b9ebcfc
+# %% ../../../nbs/38_data_base.ipynb #0212ba3e
 import inspect
 import random
 import re
@@ -30,13 +30,12 @@ from ...core import inherit_signature, lookup
 from ..image_loader import (ImageLoader, OrderSeed, collate_samples, default_workers,
                                         image_of, leaves_one, sampler_of)
 from ..loading import EpochSampler
-from ..datasets import SampleDataset
-from ..images import BadImage, BadImageLog, ON_BAD_IMAGE
-from ..samples import Sample, split_indices, Splits
-from ..preprocessing import (apply_transform_config, find_data_config,
-                                         IMAGENET_DATA_CONFIG, resolve_backbone_data_config,
-                                         TransformConfig)
-from ..transforms import albumentations_pipeline, eval_pipeline, train_pipeline
+from ..readers import (ON_BAD_IMAGE, BadImage, BadImageLog, Sample, SampleDataset,
+                                   Splits, split_indices)
+from ..transforms import (IMAGENET_DATA_CONFIG, TransformConfig,
+                                      albumentations_pipeline, apply_transform_config,
+                                      eval_pipeline, find_data_config,
+                                      resolve_backbone_data_config, train_pipeline)
 from ...viz import Table, show_images
 
 # %% ../../../nbs/38_data_base.ipynb #dc6e3ea2
@@ -93,8 +92,8 @@ class SplitDataModule(pl.LightningDataModule):
 
     def read_splits(self) -> Splits:
         "The samples with class ids as targets, and the class names."
-        raise NotImplementedError(f"{type(self).__name__} does not say where its samples come from: "
-                                  "define read_splits().")
+        raise NotImplementedError(f"{type(self).__name__} does not say where its samples come "
+                                  "from: define read_splits().")
 
     def split_labels(self, samples: Sequence[Sample]) -> list[Any]:
         "The class of each sample, by which the split is stratified."
@@ -138,6 +137,7 @@ class SplitDataModule(pl.LightningDataModule):
         "How to give test data; it ends the message for missing test data."
         return "give some, or use trainer.validate."
 
+# %% ../../../nbs/38_data_base.ipynb #8b035722
 def count_targets(
     samples: Sequence[Sample],      # with class ids, or arrays of 0 and 1, as targets
     class_names: Sequence[str],     # in the order of the ids
@@ -166,9 +166,9 @@ class Notices:
         who = "No model is at hand" if model is None else f"{name} has no data_config"
         c = IMAGENET_DATA_CONFIG
         if self._is_new(who):
-            rank_zero_info(f"{who}: images are made by ImageNet's values where none are stated (224 px, "
-                           f"mean {c['mean']}, std {c['std']}). Pass backbone=, image_size= or "
-                           "transform_config= to state others.")
+            rank_zero_info(f"{who}: images are made by ImageNet's values where none are stated "
+                           f"(224 px, mean {c['mean']}, std {c['std']}). Pass backbone=, "
+                           "image_size= or transform_config= to state others.")
 
     def difference(self, chosen: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:
         "Warn once of a preprocessing that is not the model's."
@@ -239,8 +239,8 @@ class PreparedDataModule(SplitDataModule):
                      transform: Callable[..., Any]) -> SampleDataset:
         "The samples of a split as a data set."
         assert self.data_config is not None
-        channels = self.data_config["input_size"][0]
-        return SampleDataset(samples, transform, channels, self.on_bad_image, split, self.class_names)
+        channels, names = self.data_config["input_size"][0], self.class_names
+        return SampleDataset(samples, transform, channels, self.on_bad_image, split, names)
 
     @property
     def bad_images(self) -> dict[str, dict[str, str]]:
@@ -292,13 +292,14 @@ class LoadingDataModule(PreparedDataModule):
     def _known_batch_size(self) -> int:
         "The batch size. Raises `RuntimeError` where it is still to be found."
         if isinstance(self.batch_size, int): return self.batch_size
-        raise RuntimeError(f"batch_size={self.batch_size!r} is not known yet: train with AutoTrainer, "
-                           "which finds it, or set batch_size to an int.")
+        raise RuntimeError(f"batch_size={self.batch_size!r} is not known yet: train with "
+                           "AutoTrainer, which finds it, or set batch_size to an int.")
 
     def _loader(self, dataset: SampleDataset) -> DataLoader:
         "A loader for one split."
         size, train = self._known_batch_size(), dataset.split == "train"
-        count, rank = getattr(self.trainer, "world_size", 1), getattr(self.trainer, "global_rank", 0)
+        count = getattr(self.trainer, "world_size", 1)
+        rank = getattr(self.trainer, "global_rank", 0)
         source = sampler_of(dataset, self.balanced_sampling)
         seed = self.order_seed if train else self.seed
         workers: dict[str, Any] = dict(persistent_workers=self.persistent_workers is not False,
@@ -348,6 +349,7 @@ def pick_items(
             else: items.append(item)
     return items
 
+# %% ../../../nbs/38_data_base.ipynb #48f35644
 def stretch_contrast(
     image: Tensor,                  # (C, H, W), of any range
 ) -> Tensor:                        # from 0 to 1
@@ -355,6 +357,7 @@ def stretch_contrast(
     low, high = image.min(), image.max()
     return image if low >= 0 and high <= 1 else (image - low) / (high - low).clamp(min=1e-8)
 
+# %% ../../../nbs/38_data_base.ipynb #ddb672d8
 def title_of(
     target: Any,                    # class id, or (L,) of 0 and 1
     class_names: Sequence[str],     # in the order of the ids
@@ -374,7 +377,8 @@ def summary_table(
     rows: list[list[object]] = [[n, *(counts[s][n] for s in counts)] for n in names[:max_classes]]
     if len(names) > max_classes: rows.append([f"... {len(names) - max_classes} more", *blank])
     rows.append(["images", *(len(splits[s]) for s in counts)])
-    if left_out: rows.append(["left out as unreadable", *(len(left_out.get(s, {})) for s in counts)])
+    unreadable = [len(left_out.get(s, {})) for s in counts]
+    if left_out: rows.append(["left out as unreadable", *unreadable])
     ignored = [data.splits.ignored if s == first else None for s in counts]
     if data.splits.ignored: rows.append(["files that are no images", *ignored])
     head = "class" if data.counted == "images" else f"{data.counted} of class"
@@ -435,7 +439,8 @@ class VisionDataModule(LoadingDataModule):
                  transform_config: TransformConfig | None = None,
                  backbone: str | nn.Module | None = None, pin_memory: bool = True,
                  persistent_workers: bool | None = None, prefetch_factor: int | None = None,
-                 balanced_sampling: bool = False, seed: int = 0, on_bad_image: str = "raise") -> None:
+                 balanced_sampling: bool = False, seed: int = 0,
+                 on_bad_image: str = "raise") -> None:
         check_loader_options(batch_size, num_workers, val_split, on_bad_image)
         config = merge_config(transform_config, augmentation_preset, transform_backend, image_size)
         super().__init__(

@@ -98,8 +98,8 @@ class ImageDataModule(VisionDataModule):
         check_one_source(sources)
         if dataset_name is not None: lookup(BUILTIN_DATASETS, dataset_name, "Data set")
         if not isinstance(data_dir, (str, os.PathLike)):
-            raise TypeError(f"data_dir must be the path of a folder, got {type(data_dir).__name__}: "
-                            f"{data_dir!r}.")
+            raise TypeError("data_dir must be the path of a folder, "
+                            f"got {type(data_dir).__name__}: {data_dir!r}.")
         self.data_dir, self.dataset_name, self.hf_dataset = data_dir, dataset_name, hf_dataset
         self.train_csv, self.val_csv, self.test_csv = train_csv, val_csv, test_csv
         self.tables = by_split("csv", train_csv, val_csv, test_csv)
@@ -209,8 +209,9 @@ def read_mask_ids(
         try: ids = load_mask(sample.target, codes).numpy()
         except BadImageError as e:
             if log.on_bad_image == "raise":
-                raise BadImageError(f"Image {sample.name!r} of the {log.split} data cannot be used: {e}. "
-                                    'Repair or remove it, or pass on_bad_image="skip" or "report".') from e
+                raise BadImageError(f"Image {sample.name!r} of the {log.split} data cannot be used: "
+                                    f"{e}. Repair or remove it, or pass on_bad_image=\"skip\" or "
+                                    '"report".') from e
             log.add([BadImage(sample.name, str(e))])
             continue
         yield ids[ids != codes.ignore_index]
@@ -256,8 +257,9 @@ class SegmentationDataModule(VisionDataModule):
     counted = "pixels"
     stratified = False
 
-    def __init__(self, data_dir: str | Path = ".", format: str = "png", *, batch_size: int | str = 8,
-                 class_mapping: Mapping[int, int] | None = None, ignore_index: int = 255,
+    def __init__(self, data_dir: str | Path = ".", format: str = "png", *,
+                 batch_size: int | str = 8, class_mapping: Mapping[int, int] | None = None,
+                 ignore_index: int = 255,
                  reduce_zero_label: bool = False, class_names: Sequence[str] | None = None,
                  train_csv: Any = None, val_csv: Any = None, test_csv: Any = None,
                  image_column: str | None = None, mask_column: str | None = None,
@@ -271,9 +273,10 @@ class SegmentationDataModule(VisionDataModule):
         self.train_csv, self.val_csv, self.test_csv = train_csv, val_csv, test_csv
         self.format = "csv" if self.tables else format
         lookup({**MASK_FORMATS, "csv": None}, self.format, "Mask format")
-        if self.format == "csv" and not self.tables: raise ValueError("format='csv' needs train_csv=.")
-        mapping = CITYSCAPES_IDS if self.format == "cityscapes" and class_mapping is None else class_mapping
-        self.codes = MaskCodes(None, mapping, ignore_index, reduce_zero_label)
+        if self.format == "csv" and not self.tables:
+            raise ValueError("format='csv' needs train_csv=.")
+        if self.format == "cityscapes" and class_mapping is None: class_mapping = CITYSCAPES_IDS
+        self.codes = MaskCodes(None, class_mapping, ignore_index, reduce_zero_label)
         self.data_dir, self.ignore_index, self.stretch = data_dir, ignore_index, stretch
         self.image_column, self.mask_column = image_column, mask_column
         self.given_names = class_names
@@ -290,7 +293,8 @@ class SegmentationDataModule(VisionDataModule):
         renamed = self.codes.class_mapping not in (None, CITYSCAPES_IDS)
         known = None if renamed else (splits.class_names or [])[self.codes.reduce_zero_label:]
         names = self.given_names or known
-        if isinstance(names, str): raise TypeError(f"class_names must be a list of names, got {names!r}.")
+        if isinstance(names, str):
+            raise TypeError(f"class_names must be a list of names, got {names!r}.")
         return replace(splits, class_names=list(names or self._numbers(splits.train)))
 
     def _numbers(self, samples: Sequence[Sample]) -> list[str]:

@@ -52,6 +52,7 @@ def mixing_option(
     if stated is not None: return stated
     return (getattr(model, "sample_mixing", None) or {}).get(name, 0)
 
+# %% ../../../nbs/43_data_objects.ipynb #86249aa4
 def check_mixing(
     mosaic: float | None,                       # share from 0 to 1
     mixup: float | None,                        # share from 0 to 1
@@ -67,9 +68,59 @@ def check_mixing(
         raise ValueError("multi_scale must be two shares of the size, the smaller first, such as "
                          f"(0.75, 1.25), got {multi_scale!r}.")
 
+# %% ../../../nbs/43_data_objects.ipynb #0bb13fcc
+@inherit_parameters
+class MixingDataModule(VisionDataModule):
+    """Training images made of several, and training batches of changing size.
+
+    Parameters
+    ----------
+    mosaic : float, default None
+        Share of training images made of four; None: as the model asks, else 0.
+    mixup : float, default None
+        Share of training images mixed with another; None: as the model asks, else 0.
+    no_aug_epochs : int, default None
+        Last epochs without either; None: as the model asks, else 0.
+    multi_scale : (float, float), default None
+        Train at sizes between these shares of the image size, in steps of 32 pixels.
+    """
+    def __init__(self, *, mosaic: float | None = None, mixup: float | None = None,
+                 no_aug_epochs: int | None = None,
+                 multi_scale: tuple[float, float] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_mixing(mosaic, mixup, no_aug_epochs, multi_scale)
+        self.mosaic, self.mixup, self.multi_scale = mosaic, mixup, multi_scale
+        self.no_aug_epochs = no_aug_epochs
+
+    def mixing_option(self, name: str) -> Any:
+        "What is stated of mosaic, mixup or no_aug_epochs, else what the model asks for."
+        model = self.backbone if self.trainer is None else self.trainer.lightning_module
+        return mixing_option(name, getattr(self, name), model)
+
+    def mixes(self) -> bool:
+        "Whether training images are made of several in the epoch to come."
+        if self.trainer is None: return True
+        last = count_epochs(self.trainer) - self.mixing_option("no_aug_epochs")
+        return self.trainer.current_epoch < last
+
+    def training_size(
+        self,
+        step: int,                  # the trainer's global step
+    ) -> tuple[int, int]:           # height and width, pixels; the same for ten steps
+        "The size of training batches with `multi_scale`."
+        assert self.data_config is not None and self.multi_scale is not None
+        height, width = self.data_config["input_size"][1:]
+        return training_size((height, width), self.multi_scale, self.seed, step)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        "In training, with `multi_scale`, the batch at another size."
+        assert self.trainer is not None
+        if self.multi_scale is None or not self.trainer.training: return batch
+        return resize_objects(batch, self.training_size(self.trainer.global_step))
+
 # %% ../../../nbs/43_data_objects.ipynb #eab7297e
 @inherit_parameters
-class BoxDataModule(VisionDataModule):
+class BoxDataModule(MixingDataModule):
     """Images with boxes, and with masks if wanted.
 
     Parameters
@@ -114,14 +165,6 @@ class BoxDataModule(VisionDataModule):
         What to do with bad annotations: 'raise', 'skip' or 'report'.
     stretch : bool, default False
         In evaluation change the aspect ratio, and add nothing.
-    mosaic : float, default None
-        Share of training images made of four; None: as the model asks, else 0.
-    mixup : float, default None
-        Share of training images mixed with another; None: as the model asks, else 0.
-    no_aug_epochs : int, default None
-        Last epochs without either; None: as the model asks, else 0.
-    multi_scale : (float, float), default None
-        Train at sizes between these shares of the image size, in steps of 32 pixels.
     custom_train_transforms : callable, default None
         As `train_transforms`, on dicts with image, boxes and labels.
     custom_val_transforms : callable, default None
@@ -137,15 +180,14 @@ class BoxDataModule(VisionDataModule):
                  val_images_dir: str | Path | None = None,
                  test_images_dir: str | Path | None = None,
                  train_ann_file: str | Path | None = None, val_ann_file: str | Path | None = None,
-                 test_ann_file: str | Path | None = None, train_csv: Any = None, val_csv: Any = None,
-                 test_csv: Any = None, image_dir: str | Path | None = None,
+                 test_ann_file: str | Path | None = None, train_csv: Any = None,
+                 val_csv: Any = None, test_csv: Any = None, image_dir: str | Path | None = None,
                  image_column: str = "image_path", bbox_columns: Sequence[str] | None = None,
                  box_format: str = "xyxy", label_column: str = "label",
                  class_names: Sequence[str] | None = None, class_ids: Sequence[int] | None = None,
-                 on_problem: str = "raise", stretch: bool = False, mosaic: float | None = None,
-                 mixup: float | None = None, no_aug_epochs: int | None = None,
-                 multi_scale: tuple[float, float] | None = None, custom_train_transforms: Any = None,
-                 custom_val_transforms: Any = None, **kwargs: Any) -> None:
+                 on_problem: str = "raise", stretch: bool = False,
+                 custom_train_transforms: Any = None, custom_val_transforms: Any = None,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs | own_transforms(custom_train_transforms, custom_val_transforms))
         if self.balanced_sampling: raise ValueError("balanced_sampling needs one label an image, "
                                                     "and these have many.")
@@ -155,20 +197,18 @@ class BoxDataModule(VisionDataModule):
         if format is not None: lookup(BOX_FORMATS, format, "Annotation format")
         if isinstance(class_names, str):
             raise TypeError(f"class_names must be a list of names, got {class_names!r}.")
-        check_mixing(mosaic, mixup, no_aug_epochs, multi_scale)
         self.image_dirs = dict(train=train_images_dir, val=val_images_dir, test=test_images_dir)
         self.csv_options: dict[str, Any] = dict(image_column=image_column, box_format=box_format,
                                                 box_columns=bbox_columns, label_column=label_column)
         if image_dir is not None: self.csv_options["image_dir"] = image_dir
         self.data_dir, self.format, self.stretch = data_dir, format, stretch
         self.given_names, self.class_ids, self.on_problem = class_names, class_ids, on_problem
-        self.mosaic, self.mixup, self.multi_scale = mosaic, mixup, multi_scale
-        self.no_aug_epochs = no_aug_epochs
 
     def _readers(self) -> dict[str, Callable[..., Annotations]]:
         "How to read each split."
         if self.tables:
-            return {k: partial(read_csv_boxes, o, **self.csv_options) for k, o in self.tables.items()}
+            return {k: partial(read_csv_boxes, o, **self.csv_options)
+                    for k, o in self.tables.items()}
         if self.files: return {k: coco_reader(o, self.image_dirs[k], self.data_dir, k)
                                for k, o in self.files.items()}
         return find_boxes(self.data_dir, self.format, self.with_masks, self.given_names,
@@ -200,10 +240,10 @@ class BoxDataModule(VisionDataModule):
         assert self.data_config is not None
         (channels, *size), fill = self.data_config["input_size"], fill_colour(self.data_config)
         visible = self.transform_config.min_visibility
-        mosaic, mixup = self._mixing_option("mosaic"), self._mixing_option("mixup")
+        mosaic, mixup = self.mixing_option("mosaic"), self.mixing_option("mixup")
         mixing = SampleMixing(mosaic, mixup, (size[0], size[1]), fill, visible)
         return BoxDataset(samples, transform, self.with_masks, channels, self.on_bad_image, split,
-                          mixing, self._mixes)
+                          mixing, self.mixes)
 
     def make_transform(self, split: str) -> Callable[..., Any]:
         "The pipeline of a split, for images and their objects together."
@@ -211,32 +251,6 @@ class BoxDataModule(VisionDataModule):
         task = "instance_segmentation" if self.with_masks else "detection"
         is_train = split == "train"
         return dense_pipeline(self.data_config, self.transform_config, is_train, task, self.stretch)
-
-    def _mixing_option(self, name: str) -> Any:
-        "What is stated of mosaic, mixup or no_aug_epochs, else what the model or `backbone` asks for."
-        model = self.backbone if self.trainer is None else self.trainer.lightning_module
-        return mixing_option(name, getattr(self, name), model)
-
-    def _mixes(self) -> bool:
-        "Whether training images are made of several in the epoch to come."
-        if self.trainer is None: return True
-        last = count_epochs(self.trainer) - self._mixing_option("no_aug_epochs")
-        return self.trainer.current_epoch < last
-
-    def training_size(
-        self,
-        step: int,                  # the trainer's global step
-    ) -> tuple[int, int]:           # height and width, pixels; the same for ten steps
-        "The size of training batches with `multi_scale`."
-        assert self.data_config is not None and self.multi_scale is not None
-        height, width = self.data_config["input_size"][1:]
-        return training_size((height, width), self.multi_scale, self.seed, step)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        "In training, with `multi_scale`, the batch at another size."
-        assert self.trainer is not None
-        if self.multi_scale is None or not self.trainer.training: return batch
-        return resize_objects(batch, self.training_size(self.trainer.global_step))
 
     def class_counts(self) -> dict[str, dict[str, int]]:
         "split -> {class: objects}."
@@ -301,8 +315,8 @@ class InstanceSegmentationDataModule(BoxDataModule):
                  **kwargs: Any) -> None:
         super().__init__(data_dir, batch_size=batch_size, **kwargs)
         if min_keypoints:
-            raise ValueError(f"min_keypoints={min_keypoints!r}: keypoints are not read. Leave it at 0, "
-                             "and choose the objects in the file.")
+            raise ValueError(f"min_keypoints={min_keypoints!r}: keypoints are not read. Leave it "
+                             "at 0, and choose the objects in the file.")
         if min_area: self.transform_config = self.transform_config.with_overrides(
             min_bbox_area=min_area)
         self.csv_options["mask_column"] = mask_column

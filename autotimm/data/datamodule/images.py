@@ -209,9 +209,9 @@ def read_mask_ids(
         try: ids = load_mask(sample.target, codes).numpy()
         except BadImageError as e:
             if log.on_bad_image == "raise":
-                raise BadImageError(f"Image {sample.name!r} of the {log.split} data cannot be used: "
-                                    f"{e}. Repair or remove it, or pass on_bad_image=\"skip\" or "
-                                    '"report".') from e
+                raise BadImageError(
+                    f"Image {sample.name!r} of the {log.split} data cannot be used: {e}. Repair or "
+                    'remove it, or pass on_bad_image="skip" or "report".') from e
             log.add([BadImage(sample.name, str(e))])
             continue
         yield ids[ids != codes.ignore_index]

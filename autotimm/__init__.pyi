@@ -150,8 +150,8 @@ from .tasks.detection import ObjectDetector as ObjectDetector
 from .tasks.instance import InstanceSegmentor as InstanceSegmentor
 from .tasks.segmentation import SemanticSegmentor as SemanticSegmentor
 from .tasks.yolox import YOLOXDetector as YOLOXDetector
-from .trainer import AutoTrainer as AutoTrainer
-from .training_cli.options import AutoTimmCLI as AutoTimmCLI
+from .trainer.trainer import AutoTrainer as AutoTrainer
+from .training_cli import AutoTimmCLI as AutoTimmCLI
 from .tuning.trials import TunerConfig as TunerConfig
 from .yolox.network import (
     CSPDarknet as CSPDarknet,

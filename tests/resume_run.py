@@ -69,7 +69,7 @@ def main(s: dict) -> None:
     trainer.fit(model, train, val, ckpt_path="last" if s.get("resume") else None)
     if trainer.is_global_zero:
         torch.save({"weights": model.state_dict(), "history": trainer.history, "epoch": trainer.current_epoch, "step": trainer.global_step,
-                    "lr": model.hparams.lr, "batch_size": trainer._tuned.batch_size, "best": os.path.basename(trainer.best_model_path),
+                    "lr": model.hparams.lr, "batch_size": trainer.tuned_values["batch_size"], "best": os.path.basename(trainer.best_model_path),
                     "folder": str(trainer.run_folder)}, s["out"])
 
 

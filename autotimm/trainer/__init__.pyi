@@ -1,0 +1,2 @@
+from .setup import DEFAULT_EPOCHS as DEFAULT_EPOCHS
+from .trainer import AutoTrainer as AutoTrainer

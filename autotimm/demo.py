@@ -28,7 +28,7 @@ from .core import atomic_path, count_parameters, require, seed_everything
 from .data.datamodule.images import ImageDataModule
 from .tasks.classification import ImageClassifier
 from .testing.hub import LocalHub
-from .trainer import AutoTrainer
+from .trainer.trainer import AutoTrainer
 from .viz import Table, plot_curves, save_figure, show_images
 
 # %% ../nbs/85_demo.ipynb #42e3204c

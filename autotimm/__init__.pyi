@@ -151,7 +151,7 @@ from .tasks.instance import InstanceSegmentor as InstanceSegmentor
 from .tasks.segmentation import SemanticSegmentor as SemanticSegmentor
 from .tasks.yolox import YOLOXDetector as YOLOXDetector
 from .trainer.trainer import AutoTrainer as AutoTrainer
-from .training_cli import AutoTimmCLI as AutoTimmCLI
+from .training_cli.options import AutoTimmCLI as AutoTimmCLI
 from .tuning.trials import TunerConfig as TunerConfig
 from .yolox.network import (
     CSPDarknet as CSPDarknet,

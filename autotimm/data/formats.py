@@ -24,8 +24,9 @@ from .annotations import (AnnotationDraft, Annotations, FoundObject, FoundObject
                                        match_classes)
 from .coco import (ON_PROBLEM, AnnotationError, CocoObjects, Problem, category_ids,
                                 load_coco, look_up, repeated, take_dicts)
-from .readers import (IMAGE_SUFFIXES, SPLIT_FOLDERS, image_root, label_text,
-                                   list_images, pick_column, read_table, read_text, sort_labels)
+from .images import IMAGE_SUFFIXES, list_images
+from .readers import image_root, label_text, pick_column, read_table, read_text
+from .samples import sort_labels, SPLIT_FOLDERS
 from ..masks import Ragged, as_decimals, as_numbers
 
 # %% ../../nbs/35_data_formats.ipynb #ebffb3d7

@@ -26,7 +26,8 @@ from ..checkpoints import LAST_NAME, find_last, named_errors
 from ..core import import_object, quiet
 from ..tasks.base import DenseTask
 from .options import TASKS, AutoTimmCLI, RunArguments, best_metric
-from ..trainer import DEFAULT_EPOCHS, AutoTrainer
+from ..trainer.setup import DEFAULT_EPOCHS
+from ..trainer.trainer import AutoTrainer
 
 # %% ../../nbs/87_training_cli_config.ipynb #14825c91
 def portable_path(

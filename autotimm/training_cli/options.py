@@ -37,7 +37,7 @@ from ..tasks.detection import ObjectDetector
 from ..tasks.instance import InstanceSegmentor
 from ..tasks.segmentation import SemanticSegmentor
 from ..tasks.yolox import YOLOXDetector
-from ..trainer import DEFAULT_EPOCHS
+from ..trainer.setup import DEFAULT_EPOCHS
 
 # %% ../../nbs/86_training_cli_options.ipynb #01fbfadb
 def option_docs(

@@ -30,12 +30,13 @@ from ...core import inherit_signature, lookup
 from ..image_loader import (ImageLoader, OrderSeed, collate_samples, default_workers,
                                         image_of, leaves_one, sampler_of)
 from ..loading import EpochSampler
-from ..readers import (ON_BAD_IMAGE, BadImage, BadImageLog, Sample, SampleDataset,
-                                   Splits, split_indices)
-from ..transforms import (IMAGENET_DATA_CONFIG, TransformConfig,
-                                      albumentations_pipeline, apply_transform_config,
-                                      eval_pipeline, find_data_config,
-                                      resolve_backbone_data_config, train_pipeline)
+from ..datasets import SampleDataset
+from ..images import BadImage, BadImageLog, ON_BAD_IMAGE
+from ..samples import Sample, split_indices, Splits
+from ..preprocessing import (apply_transform_config, find_data_config,
+                                         IMAGENET_DATA_CONFIG, resolve_backbone_data_config,
+                                         TransformConfig)
+from ..transforms import albumentations_pipeline, eval_pipeline, train_pipeline
 from ...viz import Table, show_images
 
 # %% ../../../nbs/38_data_base.ipynb #dc6e3ea2

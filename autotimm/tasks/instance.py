@@ -24,7 +24,8 @@ from ..heads.pyramid import FPN
 from ..losses.detection import FCOSLoss, MaskLoss
 from ..prediction.views import MAX_PIXELS
 from .saving import refuse_note
-from .detection import FCOS, DetectionTask, Outputs, pick_strides
+from .architectures import FCOS, Outputs
+from .detection import DetectionTask, pick_strides
 
 # %% ../../nbs/68_tasks_instance.ipynb #d2a81f51
 def pick_levels(

@@ -23,7 +23,8 @@ from ..lightning_parts import trainer_of
 from ..heads.pyramid import Pyramid
 from ..losses.detection import YOLOXLoss
 from .optimization import WeightAverage
-from .detection import DetectionTask, Outputs, YOLOXPredictor
+from .architectures import Outputs, YOLOXPredictor
+from .detection import DetectionTask
 from ..yolox.network import build_yolox, CSPDarknet, YOLOX_MODELS
 from ..yolox.official import load_official_yolox
 

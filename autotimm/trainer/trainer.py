@@ -483,7 +483,7 @@ class AutoTrainer(FitTrainer):
         check_any_data("fit", "train_dataloader", inner, train_dataloaders, datamodule)
         data = Data(train_dataloaders, val_dataloaders, datamodule)
         with self._at_work():
-            if getattr(inner, "holds_still", False):
+            if getattr(inner, "keeps_eval_layers", False):
                 warnings.filterwarnings("ignore", message="Found .* in eval mode")
             path = self._resume_path(ckpt_path, weights_only)
             self._begin(inner, path)

@@ -20,7 +20,8 @@ def expand(extra: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 # An index of packages shows the text alone, so the pictures are named where it can find them.
-pictures = cfg["git_url"].replace("github.com", "raw.githubusercontent.com") + f"/{cfg['branch']}/nbs/images/"
+pictures = cfg["git_url"].replace("github.com",
+                                  "raw.githubusercontent.com") + f"/{cfg['branch']}/nbs/images/"
 readme = (here / "README.md").read_text(encoding="utf-8").replace("](nbs/images/", f"]({pictures}")
 
 setup(
@@ -36,7 +37,8 @@ setup(
     packages=find_packages(include=[package, package + ".*"]),
     package_data={package: ["py.typed", "**/*.pyi"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={key[len(prefix):]: expand(key[len(prefix):]) for key in cfg if key.startswith(prefix)},
+    extras_require={key[len(prefix):]: expand(key[len(prefix):]) for key in cfg
+                    if key.startswith(prefix)},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={package}._modidx:d"],

@@ -1,9 +1,12 @@
 """What does a training step cost beyond a hand-written loop?
 
-The same model, data and optimiser, once through `AutoTrainer` (and `ImageClassifier` with its accuracy metric), once in a
-loop written by hand, interleaved in one run: medians of seven pairs. `python benchmarks/overhead.py [--runs 7] [--cpu]`
+The same model, data and optimiser, once through `AutoTrainer` (and `ImageClassifier` with its
+accuracy metric), once in a
+loop written by hand, interleaved in one run: medians of seven pairs. `python benchmarks/overhead.py
+[--runs 7] [--cpu]`
 
-`--cpu` counts processor time on one thread instead of time on the wall, for a computer that has other things to do. The
+`--cpu` counts processor time on one thread instead of time on the wall, for a computer that has
+other things to do. The
 network is slower on one thread and the Python around it is not, which flatters the ratio a little.
 """
 import argparse
@@ -39,9 +42,11 @@ Side = Callable[[Run], float]
 
 
 def batches(steps: int, batch_size: int, size: int) -> DataLoader:
-    "Ready batches, so that little but the step is timed; both sides take them from the same loader."
+    """Ready batches, so that little but the step is timed; both sides take them from the same
+    loader."""
     g = torch.Generator().manual_seed(0)
-    made = [(torch.randn(batch_size, 3, size, size, generator=g), torch.randint(0, CLASSES, (batch_size,), generator=g))
+    made = [(torch.randn(batch_size, 3, size, size, generator=g),
+             torch.randint(0, CLASSES, (batch_size,), generator=g))
             for _ in range(4)]
     return DataLoader([made[i % 4] for i in range(steps)], batch_size=None)
 
@@ -71,7 +76,8 @@ def by_trainer(module: pl.LightningModule, run: Run) -> float:
     "Seconds a step through AutoTrainer."
     clock = Clock(run.timer)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = AutoTrainer(max_epochs=1, callbacks=[clock], default_root_dir=folder, enable_progress_bar=False,
+        trainer = AutoTrainer(max_epochs=1, callbacks=[clock], default_root_dir=folder,
+                              enable_progress_bar=False,
                               enable_model_summary=False, accelerator="cpu")
         trainer.fit(module, run.data)
     return (clock.end - clock.start) / clock.steps
@@ -95,15 +101,18 @@ class Own(pl.LightningModule):
 
 
 def vit_tiny_config() -> Any:
-    return transformers.ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
+    return transformers.ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3,
+                                  intermediate_size=768)
 
 
 def timm_sides(name: str) -> dict[str, Side]:
     def hand(run: Run) -> float:
         model = timm.create_model(name, num_classes=CLASSES)
-        return by_hand(model, run, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4))
+        return by_hand(model, run, torch.optim.AdamW(model.parameters(), lr=1e-4,
+                                                     weight_decay=1e-4))
     def ours(run: Run) -> float:
-        return by_trainer(ImageClassifier(timm.create_model(name, num_classes=0), CLASSES, lr=1e-4, scheduler=None), run)
+        return by_trainer(ImageClassifier(timm.create_model(name, num_classes=0), CLASSES,
+                                          lr=1e-4, scheduler=None), run)
     return {"by hand": hand, "ImageClassifier": ours}
 
 
@@ -149,10 +158,12 @@ def convolution_sides() -> dict[str, Side]:
         return by_hand(model, run, torch.optim.AdamW(model.parameters(), lr=1e-4))
     def plain(run: Run) -> float:
         clock = Clock(run.timer)
-        pl.Trainer(max_epochs=1, callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        pl.Trainer(max_epochs=1, callbacks=[clock], logger=False, enable_checkpointing=False,
+                   enable_progress_bar=False,
                    enable_model_summary=False, accelerator="cpu").fit(Plain(), run.data)
         return (clock.end - clock.start) / clock.steps
-    def ours(run: Run) -> float: return by_trainer(ImageClassifier(Convolution(), CLASSES, lr=1e-4, scheduler=None), run)
+    def ours(run: Run) -> float:
+        return by_trainer(ImageClassifier(Convolution(), CLASSES, lr=1e-4, scheduler=None), run)
     return {"by hand": hand, "pl.Trainer": plain, "ImageClassifier": ours}
 
 
@@ -171,7 +182,8 @@ def compared(times: dict[str, list[float]], side: str, base: str) -> list[str]:
     "The cells that compare two sides: names, medians, and the ratio of the pairs."
     ratios = sorted(a / b for a, b in zip(times[side], times[base]))
     ms = [f"{statistics.median(times[o]) * 1e3:.2f}" for o in (side, base)]
-    return [f"{side} / {base}", " / ".join(ms), f"{ratio(times, side, base):.3f}", f"{ratios[0]:.3f} to {ratios[-1]:.3f}"]
+    return [f"{side} / {base}", " / ".join(ms), f"{ratio(times, side, base):.3f}",
+            f"{ratios[0]:.3f} to {ratios[-1]:.3f}"]
 
 
 def main() -> None:
@@ -188,16 +200,23 @@ def main() -> None:
     for name, size, steps, limit in (("resnet18", 96, 25, 1.03), ("test_resnet", 64, 605, 1.05)):
         if name not in args.model: continue
         times = measure(timm_sides(name), Run(batches(steps, 16, size), timer), args.runs)
-        rows.append([name, f"{size} px, batch 16", *compared(times, "ImageClassifier", "by hand"), f"{limit:.2f}"])
+        rows.append([name, f"{size} px, batch 16", *compared(times, "ImageClassifier", "by hand"),
+                     f"{limit:.2f}"])
     if "vit" in args.model:
         times = measure(vit_sides(), Run(batches(15, 8, 224), timer), args.runs)
-        for side, base in (("own module", "by hand"), ("backbone=", "by hand"), ("backbone=", "own module")):
-            rows.append(["ViT-tiny (transformers)", "224 px, batch 8", *compared(times, side, base), "1.03"])
+        for side, base in (("own module", "by hand"), ("backbone=", "by hand"),
+                           ("backbone=", "own module")):
+            rows.append(["ViT-tiny (transformers)", "224 px, batch 8", *compared(times, side, base),
+                         "1.03"])
     if "convolution" in args.model:
-        times = measure(convolution_sides(), Run(batches(1005, 16, 8), time.process_time), args.runs)
-        for side, base in (("pl.Trainer", "by hand"), ("ImageClassifier", "by hand"), ("ImageClassifier", "pl.Trainer")):
-            rows.append(["one convolution, processor time", "8 px, batch 16", *compared(times, side, base), ""])
-    print(table(rows, ["model", "data", "sides", "ms a step", "median ratio", "lowest and highest", "at most"]))
+        times = measure(convolution_sides(), Run(batches(1005, 16, 8), time.process_time),
+                        args.runs)
+        for side, base in (("pl.Trainer", "by hand"), ("ImageClassifier", "by hand"),
+                           ("ImageClassifier", "pl.Trainer")):
+            rows.append(["one convolution, processor time", "8 px, batch 16",
+                         *compared(times, side, base), ""])
+    print(table(rows, ["model", "data", "sides", "ms a step", "median ratio",
+                       "lowest and highest", "at most"]))
 
 
 if __name__ == "__main__": main()

@@ -1,18 +1,28 @@
 """Does a run lose anything, whatever happens to it, and what does that cost?
 
-    python benchmarks/reliability.py                              # all parts, half an hour on two cores
-    python benchmarks/reliability.py --part kills --only 7 21     # two of the killed runs; the order is that of the table
+    python benchmarks/reliability.py                              # all parts, half an hour on two
+    cores
+    python benchmarks/reliability.py --part kills --only 7 21     # two of the killed runs; the
+    order is that of the table
 
-kills    30 runs, 10 of them of two processes, are ended by SIGKILL at moments on the clock that a seed draws, go on in new
-         processes, some to be killed again, and are held against runs that nobody broke off: weights, the optimiser's state,
-         history, best file, and the samples of each step, so that each of the broken epoch was seen exactly once
-error    seconds from a killed rank to the end of the job, with Lightning's own launcher and with torchrun
+kills    30 runs, 10 of them of two processes, are ended by SIGKILL at moments on the clock that a
+seed draws, go on in new
+         processes, some to be killed again, and are held against runs that nobody broke off:
+         weights, the optimiser's state,
+         history, best file, and the samples of each step, so that each of the broken epoch was seen
+         exactly once
+error    seconds from a killed rank to the end of the job, with Lightning's own launcher and with
+torchrun
 damage   1,000 damaged images and 1,000 damaged annotation files (damage.py)
-disk     a disk that fills up in the middle of a run: what is said, and what the run that goes on comes to
-memory   the memory of a tiny run over 200 epochs: its peak, what it grows by after full collections, and how much of that is the history
-cost     `last.ckpt` every 10 s, a loader that can go on at its batch, and the trainer beside Lightning's own
+disk     a disk that fills up in the middle of a run: what is said, and what the run that goes on
+comes to
+memory   the memory of a tiny run over 200 epochs: its peak, what it grows by after full
+collections, and how much of that is the history
+cost     `last.ckpt` every 10 s, a loader that can go on at its batch, and the trainer beside
+Lightning's own
 
-The runs are those of tests/exact_run.py: a task, boxes with mosaic, a user's own module on our data, and both of the user. Linux only.
+The runs are those of tests/exact_run.py: a task, boxes with mosaic, a user's own module on our
+data, and both of the user. Linux only.
 """
 import argparse
 import contextlib
@@ -73,7 +83,8 @@ class Job:
         return len(self.codes) == len(self.pids)
 
     def wait(self, until: Callable[[], bool] = lambda: False, seconds: float = LIMIT) -> bool:
-        "Wait for the end, or for something else to be true; False where the processes ended first, or nothing came."
+        """Wait for the end, or for something else to be true; False where the processes ended
+        first, or nothing came."""
         limit = time.monotonic() + seconds
         while not self.poll() and time.monotonic() < limit:
             if until(): return True
@@ -95,7 +106,8 @@ class Job:
         "What a process has written down so far."
         path = Path(f"{self.trace}.{rank}")
         if not path.exists(): return []
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
+                if line.endswith("\n")]
 
     def last_note(self) -> float:
         "When it wrote something down last, on the clock."
@@ -107,7 +119,8 @@ class Job:
 
     def said(self) -> str:
         "The first error in its output, in a line."
-        found = re.search(r"^(?:\[\w+\]:\s*)?([\w.]*(?:Error|Exception|Exit|Interrupt)\b: .+)$", self.log.read_text(errors="replace"), re.M)
+        found = re.search(r"^(?:\[\w+\]:\s*)?([\w.]*(?:Error|Exception|Exit|Interrupt)\b: .+)$",
+                          self.log.read_text(errors="replace"), re.M)
         return found[1] if found else ""
 
 
@@ -117,8 +130,10 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def child(settings: dict[str, Any], log: Path, environ: dict[str, str], callbacks: Callable[[], list[pl.Callback]]) -> int:
-    "Fork a process that makes a run: it needs no time to import anything, and shares nothing with the run before it."
+def child(settings: dict[str, Any], log: Path, environ: dict[str, str],
+          callbacks: Callable[[], list[pl.Callback]]) -> int:
+    """Fork a process that makes a run: it needs no time to import anything, and shares nothing with
+    the run before it."""
     if pid := os.fork(): return pid
     code = 1
     try:
@@ -134,14 +149,17 @@ def child(settings: dict[str, Any], log: Path, environ: dict[str, str], callback
     finally: os._exit(code)
 
 
-def start(settings: dict[str, Any], log: Path, callbacks: Callable[[], list[pl.Callback]] = list) -> Job:
+def start(settings: dict[str, Any], log: Path,
+          callbacks: Callable[[], list[pl.Callback]] = list) -> Job:
     "Start a run; several processes as a launcher would."
     n, port = settings.get("devices", 1), free_port()
     def environ(rank: int) -> dict[str, str]:
         if n == 1: return {}
-        return {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(n),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     Path(settings["root"]).mkdir(parents=True, exist_ok=True)
-    return Job([child(settings, log, environ(rank), callbacks) for rank in range(n)], log, settings["trace"])
+    return Job([child(settings, log, environ(rank), callbacks) for rank in range(n)], log,
+               settings["trace"])
 
 
 def finished(job: Job, what: str) -> None:
@@ -161,23 +179,29 @@ def last_of(root: str) -> Path | None:
 
 def differences(whole: dict[str, Any], other: dict[str, Any]) -> list[str]:
     "What two runs do not have in common, bit for bit."
-    found = [f"weight {k}" for k, v in whole["weights"].items() if not torch.equal(v, other["weights"][k])]
-    found += [f"optimizer {i} {k}" for i, state in whole["optimizer"].items() for k, v in state.items()
+    found = [f"weight {k}" for k, v in whole["weights"].items()
+             if not torch.equal(v, other["weights"][k])]
+    found += [f"optimizer {i} {k}" for i, state in whole["optimizer"].items()
+              for k, v in state.items()
               if not torch.equal(torch.as_tensor(v), torch.as_tensor(other["optimizer"][i][k]))]
     return found + [o for o in ("history", "epoch", "step", "best") if whole[o] != other[o]]
 
 
-def steps_of(notes: list[list[Any]]) -> list[list[Any]]: return [o for o in notes if o[0] not in ("process", "validation")]
+def steps_of(notes: list[list[Any]]) -> list[list[Any]]:
+    return [o for o in notes if o[0] not in ("process", "validation")]
 
 
 def samples(whole: list[list[Any]], parts: list[list[list[Any]]]) -> str:
-    "Whether the steps of processes that went on from one another are those of the unbroken run; what is wrong otherwise."
+    """Whether the steps of processes that went on from one another are those of the unbroken run;
+    what is wrong otherwise."""
     done = 0
     for part in parts:
         if not part: continue
         first = next((i for i, o in enumerate(whole) if o[:2] == part[0][:2]), None)
-        if first is None or first > done: return f"the samples of steps {done} to {first} are missing"
-        if part != whole[first:first + len(part)]: return f"other samples than those of the unbroken run from step {first} on"
+        if first is None or first > done:
+            return f"the samples of steps {done} to {first} are missing"
+        if part != whole[first:first + len(part)]:
+            return f"other samples than those of the unbroken run from step {first} on"
         done = first + len(part)
     return "" if done == len(whole) else f"{len(whole) - done} steps at the end are missing"
 
@@ -196,42 +220,56 @@ class Case:
     validating: bool = False                 # killed while it validates
     more: dict[str, Any] = field(default_factory=dict)
 
-    def __str__(self) -> str: return ", ".join([self.kind, *(f"{k}={v}" for k, v in self.more.items() if k not in ("train", "slow"))])
+    def __str__(self) -> str:
+        return ", ".join([self.kind, *(f"{k}={v}" for k, v in self.more.items()
+                                       if k not in ("train", "slow"))])
 
-    def ranks(self) -> list[int]: return {"rank 0": [0], "rank 1": [1]}.get(self.who, list(range(self.devices)))
+    def ranks(self) -> list[int]:
+        return {"rank 0": [0], "rank 1": [1]}.get(self.who, list(range(self.devices)))
 
     def settings(self, folder: Path, name: str) -> dict[str, Any]:
         more = {"strategy": "ddp", "train": 38, "slow": 0.05} if self.devices > 1 else {}
-        return {"kind": self.kind, "workers": self.workers, "context": self.context, "devices": self.devices, "root": str(folder / name),
-                "data": str(folder / f"data-{name}"), "out": str(folder / f"{name}.pt"), "trace": str(folder / f"{name}.trace"), **more, **self.more}
+        return {"kind": self.kind, "workers": self.workers, "context": self.context,
+                "devices": self.devices, "root": str(folder / name),
+                "data": str(folder / f"data-{name}"), "out": str(folder / f"{name}.pt"),
+                "trace": str(folder / f"{name}.trace"), **more, **self.more}
 
 
 LOADERS = ((0, ""), (2, "fork"), (2, "spawn"))
 VARIANTS = [
-    Case("classifier", more={"accumulate": 3}), Case("classifier", 2, "fork", more={"balanced": True, "interval": 2}),
-    Case("own", 2, "fork", more={"val_check_interval": 0.5}), Case("own", more={"schedule": "plateau", "val_check_interval": 3}),
-    Case("plain", more={"precision": "bf16-mixed"}), Case("classifier", 2, "fork", validating=True), Case("boxes", validating=True),
+    Case("classifier", more={"accumulate": 3}),
+    Case("classifier", 2, "fork", more={"balanced": True, "interval": 2}),
+    Case("own", 2, "fork", more={"val_check_interval": 0.5}),
+    Case("own", more={"schedule": "plateau", "val_check_interval": 3}),
+    Case("plain", more={"precision": "bf16-mixed"}), Case("classifier", 2, "fork", validating=True),
+    Case("boxes", validating=True),
     Case("own", validating=True, more={"steps": 14, "interval": 0.02})]
 
 
 def cases(seed: int) -> list[Case]:
-    "20 runs of one process and 10 of two; each pair of kind, loader and number of processes is among them."
+    """20 runs of one process and 10 of two; each pair of kind, loader and number of processes is
+    among them."""
     rng = random.Random(seed)
     one = [Case(kind, *loader) for loader in LOADERS for kind in KINDS] + VARIANTS
-    two = [Case(kind, *loader, devices=2) for loader in LOADERS[:2] for kind in KINDS] + [Case(kind, *LOADERS[2], devices=2) for kind in ("own", "boxes")]
+    two = [Case(kind, *loader, devices=2) for loader in LOADERS[:2]
+           for kind in KINDS] + [Case(kind, *LOADERS[2], devices=2) for kind in ("own", "boxes")]
     for i, case in enumerate(two): case.who = ("rank 0", "rank 1", "all")[i % 3]
     for case in one + two: case.kills = rng.choice([1, 1, 2, 3]) if case.context != "spawn" else 1
     return one + two
 
 
-def broken(case: Case, folder: Path, window: float, rng: random.Random) -> tuple[list[Job], list[str]]:
-    "Kill a run, and each that goes on from it, until the last comes to the end: the jobs, and where they were killed."
+def broken(case: Case, folder: Path, window: float,
+           rng: random.Random) -> tuple[list[Job], list[str]]:
+    """Kill a run, and each that goes on from it, until the last comes to the end: the jobs, and
+    where they were killed."""
     jobs: list[Job] = []
     places: list[str] = []
     settings, tries, over = case.settings(folder, "broken"), 0, False
     while True:
-        resume = {"resume": True, "ckpt": "last" if over else rng.choice(["last", "auto"])} if places else {}
-        job = start({**settings, **resume, "trace": f"{settings['trace']}.{len(jobs)}"}, folder / f"broken-{len(jobs)}.log")
+        resume = {"resume": True, "ckpt": "last" if over
+                  else rng.choice(["last", "auto"])} if places else {}
+        job = start({**settings, **resume, "trace": f"{settings['trace']}.{len(jobs)}"},
+                    folder / f"broken-{len(jobs)}.log")
         jobs.append(job)
         if len(places) == case.kills:
             finished(job, f"{case}, going on after {len(places)} kills")
@@ -241,7 +279,8 @@ def broken(case: Case, folder: Path, window: float, rng: random.Random) -> tuple
         if case.validating: job.wait(partial(job.validates, rng.randint(1, 3)))
         else: time.sleep(rng.uniform(0, 0.9 * window / 2**tries))
         if job.poll():                       # it came to its end before the moment that was drawn
-            if set(job.codes.values()) != {0}: raise RuntimeError(f"{case}: {job.codes}\n{job.log.read_text()[-4000:]}")
+            if set(job.codes.values()) != {0}:
+                raise RuntimeError(f"{case}: {job.codes}\n{job.log.read_text()[-4000:]}")
             if places: return jobs, places
             tries += 1
             if tries > 6: raise RuntimeError(f"{case}: it was never killed in time.")
@@ -255,11 +294,14 @@ def broken(case: Case, folder: Path, window: float, rng: random.Random) -> tuple
         job.wait(seconds=90)
         if not job.poll():
             job.end()
-            raise RuntimeError(f"{case}: after {case.who} was killed the other process still waits after 90 s.\n{job.log.read_text()[-3000:]}")
+            raise RuntimeError(f"{case}: after {case.who} was killed the other process still waits "
+                               f"after 90 s.\n{job.log.read_text()[-3000:]}")
         half = list(Path(settings["root"]).rglob(".*.partial"))
         path = last_of(settings["root"])
         if path is None: raise RuntimeError(f"{case}: last.ckpt is gone.")
-        where = {"validation": "validation", "process": "start", "start": "start"}.get(str(last[0]), f"epoch {last[0]}, batch {last[1] if len(last) > 1 else 0}")
+        where = {"validation": "validation", "process": "start",
+                 "start": "start"}.get(str(last[0]),
+                                       f"epoch {last[0]}, batch {last[1] if len(last) > 1 else 0}")
         kept = read_run(path)
         over = kept["finished"]               # 'auto' would rightly begin another run
         places.append(f"{where}{' (writing)' if half else ''}, on from step {kept['step']}")
@@ -279,12 +321,14 @@ def kill_one(case: Case, folder: Path, seed: int) -> list[object]:
     wrong: list[str] = []
     for rank in range(case.devices):
         suffix = f".{rank}" if case.devices > 1 else ""
-        one, other = (torch.load(folder / f"{o}.pt{suffix}", weights_only=False) for o in ("whole", "broken"))
+        one, other = (torch.load(folder / f"{o}.pt{suffix}", weights_only=False)
+                      for o in ("whole", "broken"))
         wrong += differences(one, other)
         said = samples(steps_of(whole.notes(rank)), [steps_of(job.notes(rank)) for job in jobs])
         wrong += [said] if said else []
     loader = f"{case.workers} {case.context}".strip()
-    return [str(case), loader, case.devices, case.who if case.devices > 1 else "", "; ".join(places), "exact" if not wrong else f"NOT: {', '.join(wrong[:3])}"]
+    return [str(case), loader, case.devices, case.who if case.devices > 1 else "",
+            "; ".join(places), "exact" if not wrong else f"NOT: {', '.join(wrong[:3])}"]
 
 
 def kills(args: argparse.Namespace) -> None:
@@ -293,10 +337,14 @@ def kills(args: argparse.Namespace) -> None:
         if args.only and i not in args.only: continue
         with tempfile.TemporaryDirectory(prefix="kills-", ignore_cleanup_errors=True) as folder:
             try: rows.append([i, *kill_one(case, Path(folder), args.seed + i)])
-            except RuntimeError as e: rows.append([i, str(case), f"{case.workers} {case.context}", case.devices, case.who, "", f"FAILED: {e}"])
+            except RuntimeError as e:
+                rows.append([i, str(case), f"{case.workers} {case.context}", case.devices,
+                             case.who, "", f"FAILED: {e}"])
         print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
-    print(table(rows, ["", "run", "workers", "processes", "killed", "when, and where it went on", "the rest"]))
-    print(f"\n{sum(o[-1] == 'exact' for o in rows)} of {len(rows)} went on exactly, after {sum(str(o[5]).count('on from') for o in rows)} kills.")
+    print(table(rows, ["", "run", "workers", "processes", "killed", "when, and where it went on",
+                       "the rest"]))
+    print(f"\n{sum(o[-1] == 'exact' for o in rows)} of {len(rows)} went on exactly, after "
+          f"{sum(str(o[5]).count('on from') for o in rows)} kills.")
 
 
 # Part 2: the time to the error
@@ -307,10 +355,12 @@ def job_of(folder: Path, launcher: str, settings: dict[str, Any]) -> subprocess.
     path.write_text(json.dumps(settings))
     command = [str(TESTS / "exact_run.py"), str(path)]
     if launcher == "torchrun":
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), *command]
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                   str(free_port()), *command]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
     log = (folder / "log").open("w")
-    return subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log,
+                            start_new_session=True)
 
 
 def running(pid: int) -> bool:
@@ -323,19 +373,23 @@ def until(ready: Callable[[], Any], what: str, seconds: float = LIMIT) -> float:
     "The seconds until something is true."
     began = time.monotonic()
     while not ready():
-        if time.monotonic() - began > seconds: raise RuntimeError(f"{what}: not within {seconds} s.")
+        if time.monotonic() - began > seconds:
+            raise RuntimeError(f"{what}: not within {seconds} s.")
         time.sleep(0.02)
     return time.monotonic() - began
 
 
 def time_to_error(folder: Path, launcher: str, rank: int) -> tuple[float, float, str]:
     "Seconds until the job has ended, until its last process has, and what it said."
-    settings = {"kind": "own", "devices": 2, "strategy": "ddp", "train": 80, "epochs": 100_000, "slow": 0.02, "root": str(folder / "run"),
-                "data": str(folder / "data"), "out": str(folder / "out.pt"), "trace": str(folder / "trace"), "interval": None}
+    settings = {"kind": "own", "devices": 2, "strategy": "ddp", "train": 80, "epochs": 100_000,
+                "slow": 0.02, "root": str(folder / "run"),
+                "data": str(folder / "data"), "out": str(folder / "out.pt"),
+                "trace": str(folder / "trace"), "interval": None}
     job = job_of(folder, launcher, settings)
     both = Job([], folder / "log", settings["trace"])
     try:
-        until(lambda: all(len(both.notes(o)) > 5 for o in (0, 1)) or job.poll() is not None, "the start of the job")
+        until(lambda: all(len(both.notes(o)) > 5 for o in (0, 1)) or job.poll() is not None,
+              "the start of the job")
         if job.poll() is not None: raise RuntimeError((folder / "log").read_text()[-3000:])
         pids = [both.notes(o)[0][1] for o in (0, 1)]
         os.kill(pids[rank], signal.SIGKILL)
@@ -355,21 +409,29 @@ def error(args: argparse.Namespace) -> None:
         for rank in (0, 1):
             found = []
             for _ in range(args.runs):
-                with tempfile.TemporaryDirectory(prefix="error-", ignore_cleanup_errors=True) as folder: found.append(time_to_error(Path(folder), launcher, rank))
+                with tempfile.TemporaryDirectory(prefix="error-",
+                                                 ignore_cleanup_errors=True) as folder:
+                    found.append(time_to_error(Path(folder), launcher, rank))
             job, every, said = zip(*found)
-            rows.append([launcher, rank, f"{statistics.median(job):.1f} (to {max(job):.1f})", f"{statistics.median(every):.1f} (to {max(every):.1f})", said[-1][:110]])
+            rows.append([launcher, rank, f"{statistics.median(job):.1f} (to {max(job):.1f})",
+                         f"{statistics.median(every):.1f} (to {max(every):.1f})", said[-1][:110]])
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
-    print(table(rows, ["started by", "killed rank", "seconds to the end of the job", "of every process", "the last error in its output"]))
+    print(table(rows, ["started by", "killed rank", "seconds to the end of the job",
+                       "of every process", "the last error in its output"]))
 
 
 # Part 3: damaged files
 
 def damage(args: argparse.Namespace) -> None:
-    if not (HERE / "damage.py").exists(): raise SystemExit("benchmarks/damage.py is not here: the damaged files are its part. Leave out --part damage.")
+    if not (HERE / "damage.py").exists():
+        raise SystemExit("benchmarks/damage.py is not here: the damaged files are its part. Leave "
+                         "out --part damage.")
     import damage as damaged  # type: ignore[import-not-found]
     for what in damaged.CASES:
         found = damaged.run(what, args.files, args.seed)
-        print(f"{len(found)} damaged {what}\n\n{table(damaged.rows(found), ['damage', 'files', *damaged.OUTCOMES])}\n", flush=True)
+        print(f"{len(found)} damaged "
+              f"{what}\n\n{table(damaged.rows(found), ['damage', 'files', *damaged.OUTCOMES])}\n",
+              flush=True)
 
 
 # Part 4: a disk that fills up
@@ -378,7 +440,8 @@ def damage(args: argparse.Namespace) -> None:
 def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
     "A file system of a few MB at a folder; False where the system does not permit one."
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs",
+                           str(folder)], capture_output=True)
     try: yield done.returncode == 0
     finally:
         if done.returncode == 0: subprocess.run(["umount", str(folder)], check=True)
@@ -387,7 +450,8 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
 def fill(folder: Path, leave: int) -> None:
     "Fill a disk with a file, but for some bytes."
     space = os.statvfs(folder)
-    with (folder / "others").open("wb") as file: file.write(bytes(max(0, space.f_bavail * space.f_frsize - leave)))
+    with (folder / "others").open("wb") as file:
+        file.write(bytes(max(0, space.f_bavail * space.f_frsize - leave)))
 
 
 def disk_one(case: Case, base: Path, rng: random.Random) -> list[object]:
@@ -410,9 +474,11 @@ def disk_one(case: Case, base: Path, rng: random.Random) -> list[object]:
         time.sleep(rng.uniform(0, 0.6 * window))
         if mounted: fill(base / "disk", leave=rng.randrange(size))
         else:
-            for pid in job.pids: resource.prlimit(pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
+            for pid in job.pids:
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
         job.wait(seconds=90)
-        said = next((o for o in job.log.read_text().splitlines() if o.startswith("OSError") and "could not be written" in o), job.said() or "no error")
+        said = next((o for o in job.log.read_text().splitlines() if o.startswith("OSError")
+                     and "could not be written" in o), job.said() or "no error")
         if not job.poll():
             job.end()
             said = "HANGS: " + said
@@ -427,22 +493,29 @@ def disk_one(case: Case, base: Path, rng: random.Random) -> list[object]:
         wrong: list[str] = []
         for rank in range(case.devices):
             suffix = f".{rank}" if case.devices > 1 else ""
-            wrong += differences(*(torch.load(folder / f"{o}.pt{suffix}", weights_only=False) for o in ("whole", "broken")))
-            told = samples(steps_of(Job([], job.log, whole["trace"]).notes(rank)), [steps_of(o.notes(rank)) for o in (job, again)])
+            wrong += differences(*(torch.load(folder / f"{o}.pt{suffix}", weights_only=False)
+                                   for o in ("whole", "broken")))
+            told = samples(steps_of(Job([], job.log, whole["trace"]).notes(rank)),
+                           [steps_of(o.notes(rank)) for o in (job, again)])
             wrong += [told] if told else []
     said = re.sub(r"'/\S+/(checkpoints/\S+')", r"'.../\1", said)
-    return [str(case), case.devices, "tmpfs" if mounted else "RLIMIT_FSIZE", said, "; ".join(left) or "nothing", f"read; on from step {step}",
+    return [str(case), case.devices, "tmpfs" if mounted else "RLIMIT_FSIZE", said,
+            "; ".join(left) or "nothing", f"read; on from step {step}",
             "exact" if not wrong else f"NOT: {', '.join(wrong[:3])}"]
 
 
 def disk(args: argparse.Namespace) -> None:
     rng = random.Random(args.seed)
-    plans = [Case(kind, more={"interval": 1}) for kind in KINDS] + [Case("own", 2, "fork", more={"interval": 1}), Case("classifier", devices=2, more={"interval": 1})]
+    plans = ([Case(kind, more={"interval": 1}) for kind in KINDS]
+             + [Case("own", 2, "fork", more={"interval": 1}),
+                Case("classifier", devices=2, more={"interval": 1})])
     rows: list[list[object]] = []
     for case in plans:
-        with tempfile.TemporaryDirectory(prefix="disk-", ignore_cleanup_errors=True) as folder: rows.append(disk_one(case, Path(folder), rng))
+        with tempfile.TemporaryDirectory(prefix="disk-", ignore_cleanup_errors=True) as folder:
+            rows.append(disk_one(case, Path(folder), rng))
         print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
-    print(table(rows, ["run", "processes", "disk", "what was said", "half files left", "the checkpoint before", "the rest"]))
+    print(table(rows, ["run", "processes", "disk", "what was said", "half files left",
+                       "the checkpoint before", "the rest"]))
 
 
 # Part 5: memory
@@ -455,11 +528,13 @@ def megabytes(pid: int, key: str = "Rss") -> float:
 
 class Heap(ctypes.Structure):
     "What glibc's mallinfo2 tells."
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    _fields_ = [(name, ctypes.c_size_t)
+                for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
 
 
 def heap_in_use() -> int:
-    "Bytes that the C library has handed out and not got back, tensors among them; Python's small objects lie elsewhere."
+    """Bytes that the C library has handed out and not got back, tensors among them; Python's small
+    objects lie elsewhere."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = Heap
     found = mallinfo()
@@ -468,11 +543,13 @@ def heap_in_use() -> int:
 
 def history_size(history: list[dict[str, float]]) -> int:
     "Bytes of the rows of a history; their keys are shared."
-    return sys.getsizeof(history) + sum(sys.getsizeof(row) + sum(map(sys.getsizeof, row.values())) for row in history)
+    return sys.getsizeof(history) + sum(sys.getsizeof(row) + sum(map(sys.getsizeof, row.values()))
+                                        for row in history)
 
 
 def of_workers() -> dict[str, float]:
-    "What the children of this process hold all together, shared pages counted in each, and what is their own alone."
+    """What the children of this process hold all together, shared pages counted in each, and what
+    is their own alone."""
     found = {"workers": 0.0, "own": 0.0}
     for task in Path("/proc/self/task").iterdir():
         for pid in (task / "children").read_text().split():
@@ -483,19 +560,24 @@ def of_workers() -> dict[str, float]:
 
 
 class Memory(pl.Callback):
-    "Writes the memory of this process and of its workers to a file after each epoch, and every so often what is left after a full collection."
+    """Writes the memory of this process and of its workers to a file after each epoch, and every so
+    often what is left after a full collection."""
     def __init__(self, path: Path, every: int): self.path, self.every = path, every
 
     def on_train_epoch_end(self, trainer, pl_module):
         for callback in trainer.callbacks:
-            if isinstance(callback, exact_run.Watch): callback.seen.clear()      # what the tests keep is no part of a run
-        note: dict[str, float] = {"epoch": trainer.current_epoch + 1, "highest": megabytes(os.getpid())}
+            # What the tests keep is no part of a run
+            if isinstance(callback, exact_run.Watch): callback.seen.clear()
+        note: dict[str, float] = {"epoch": trainer.current_epoch + 1,
+                                  "highest": megabytes(os.getpid())}
         if note["epoch"] % self.every == 0:
             before = heap_in_use()
             gc.collect()
             after = heap_in_use()
-            note |= {"process": megabytes(os.getpid()), **of_workers(), "heap": after / 2**20, "garbage": (before - after) / 2**20,
-                     "blocks": sys.getallocatedblocks(), "history": history_size(trainer.history) / 2**20}
+            note |= {"process": megabytes(os.getpid()), **of_workers(), "heap": after / 2**20,
+                     "garbage": (before - after) / 2**20,
+                     "blocks": sys.getallocatedblocks(),
+                     "history": history_size(trainer.history) / 2**20}
         with self.path.open("a") as file: file.write(json.dumps(note) + "\n")
 
 
@@ -506,7 +588,9 @@ def memory_run(workers: int, epochs: int, every: int) -> list[dict[str, float]]:
     "The notes of a run: one an epoch."
     with tempfile.TemporaryDirectory(prefix="memory-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        settings = {**Case("classifier", workers, "fork" if workers else "").settings(folder, "run"), "epochs": epochs, "interval": None, "persistent": bool(workers)}
+        settings = {**Case("classifier", workers, "fork" if workers
+                           else "").settings(folder, "run"), "epochs": epochs, "interval": None,
+                    "persistent": bool(workers)}
         job = start(settings, folder / "log", partial(watched, folder / "memory", every))
         job.wait(seconds=1500)
         finished(job, "memory")
@@ -523,23 +607,30 @@ def memory(args: argparse.Namespace) -> None:
         def slope(key: str, unit: float = 1024, later: list[dict[str, float]] = later) -> str:
             middle, spread = trend([o["epoch"] for o in later], [unit * o[key] for o in later])
             return f"{middle:+.2f} ± {spread:.2f}"
-        for key, what in (("process", "the process (RSS)"), ("workers", "its workers (RSS)"), ("own", "their own alone (USS)"))[:3 if workers else 1]:
+        for key, what in (("process", "the process (RSS)"), ("workers", "its workers (RSS)"),
+                          ("own", "their own alone (USS)"))[:3 if workers else 1]:
             curve, main = " ".join(f"{o[key]:.1f}" for o in marks[1::2]), key == "process"
             highest = max(o["highest"] for o in notes) if main else max(o[key] for o in marks)
             waiting = 1024 * statistics.median(o["garbage"] for o in later) / every
-            more = [slope("heap"), slope("blocks", 1), slope("history"), f"{waiting:.1f}"] if main else [""] * 4
+            more = [slope("heap"), slope("blocks", 1), slope("history"),
+                    f"{waiting:.1f}"] if main else [""] * 4
             rows.append([workers, what, curve, f"{highest:.1f}", slope(key), *more])
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
-    print(table(rows, ["workers", "whose", f"MB after a full collection, every {2 * every} epochs", "at most, collected or not", "grows by, kB an epoch",
-                       "the C heap in use, kB an epoch", "Python's blocks an epoch", "the history, kB an epoch", "waits for the collection, kB an epoch"]))
-    print(f"\nGrowth is that from epoch {args.epochs // 2} to {args.epochs}. Where the workers' own grows and all that they hold does not, pages that they "
+    print(table(rows, ["workers", "whose", f"MB after a full collection, every {2 * every} epochs",
+                       "at most, collected or not", "grows by, kB an epoch",
+                       "the C heap in use, kB an epoch", "Python's blocks an epoch",
+                       "the history, kB an epoch", "waits for the collection, kB an epoch"]))
+    print(f"\nGrowth is that from epoch {args.epochs // 2} to {args.epochs}. Where the workers' "
+          "own grows and all that they hold does not, pages that they "
           "share with the process are copied as they are touched.")
 
 
 def trend(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    "The median slope between any two points (Theil and Sen), and half the range of the middle eighty percent: one step of an allocator is no trend."
+    """The median slope between any two points (Theil and Sen), and half the range of the middle
+    eighty percent: one step of an allocator is no trend."""
     slopes = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
-    return float(np.median(slopes)), float((np.quantile(slopes, 0.9) - np.quantile(slopes, 0.1)) / 2)
+    return float(np.median(slopes)), float((np.quantile(slopes, 0.9) - np.quantile(slopes, 0.1))
+                                           / 2)
 
 
 # Part 6: the cost
@@ -547,11 +638,14 @@ def trend(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 class Steps(pl.Callback):
     "When each step ended, on the wall and in processor time of all threads."
     def __init__(self) -> None: self.ends: list[tuple[float, float]] = []
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx): self.ends.append((time.perf_counter(), time.process_time()))
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.ends.append((time.perf_counter(), time.process_time()))
 
 
-def train_for(seconds: float, interval: timedelta | None, folder: Path) -> tuple[np.ndarray, list[float]]:
-    "Train ResNet-18: seconds of its steps, on the wall and of the processor, and how long each last.ckpt inside the epoch stopped it."
+def train_for(seconds: float, interval: timedelta | None,
+              folder: Path) -> tuple[np.ndarray, list[float]]:
+    """Train ResNet-18: seconds of its steps, on the wall and of the processor, and how long each
+    last.ckpt inside the epoch stopped it."""
     import timm
     from overhead import CLASSES, batches
 
@@ -564,11 +658,14 @@ def train_for(seconds: float, interval: timedelta | None, folder: Path) -> tuple
             super().save_checkpoint(*arguments, **how)
             pauses.append(time.perf_counter() - began)
     steps = Steps()
-    model = ImageClassifier(timm.create_model("resnet18", num_classes=0), CLASSES, lr=1e-4, scheduler=None)
-    trainer = Timed(max_time=timedelta(seconds=seconds), max_epochs=-1, callbacks=[steps], default_root_dir=str(folder), checkpoint_interval=interval,
-                    checkpoint_monitor=None, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    model = ImageClassifier(timm.create_model("resnet18", num_classes=0), CLASSES, lr=1e-4,
+                            scheduler=None)
+    trainer = Timed(max_time=timedelta(seconds=seconds), max_epochs=-1, callbacks=[steps],
+                    default_root_dir=str(folder), checkpoint_interval=interval,
+                    checkpoint_monitor=None, enable_progress_bar=False, enable_model_summary=False,
+                    accelerator="cpu")
     trainer.fit(model, batches(100_000, 16, 96))
-    return np.diff(steps.ends, axis=0)[5:], pauses[:-1]      # the last is that of the end of the run
+    return np.diff(steps.ends, axis=0)[5:], pauses[:-1]  # the last is that of the end of the run
 
 
 def checkpoint_cost(args: argparse.Namespace) -> None:
@@ -577,17 +674,24 @@ def checkpoint_cost(args: argparse.Namespace) -> None:
     pauses: list[float] = []
     for i in range(args.runs):
         for name in list(sides)[::1 if i % 2 == 0 else -1]:
-            with tempfile.TemporaryDirectory(prefix="cost-", dir=args.disk) as folder: one, stopped = train_for(args.seconds / args.runs, sides[name], Path(folder))
+            with tempfile.TemporaryDirectory(prefix="cost-", dir=args.disk) as folder:
+                one, stopped = train_for(args.seconds / args.runs, sides[name], Path(folder))
             steps[name].append(one)
             pauses += stopped
     measures: dict[str, Callable[[np.ndarray], float]] = {
-        "median": lambda o: float(np.median(o[:, 0])), "mean": lambda o: float(o[:, 0].mean()), "processor time, mean": lambda o: float(o[:, 1].mean())}
-    rows = [[name, sum(map(len, steps[name])), *(f"{1e3 * statistics.median(map(o, steps[name])):.1f}" for o in measures.values())] for name in sides]
+        "median": lambda o: float(np.median(o[:, 0])), "mean": lambda o: float(o[:, 0].mean()),
+        "processor time, mean": lambda o: float(o[:, 1].mean())}
+    rows = [[name, sum(map(len, steps[name])),
+             *(f"{1e3 * statistics.median(map(o, steps[name])):.1f}" for o in measures.values())]
+            for name in sides]
     a, b = ({k: [*map(o, steps[name])] for k, o in measures.items()} for name in sides)
-    rows.append(["ratio, by pair", "", *(f"{statistics.median(x / y for x, y in zip(a[k], b[k])):.3f}" for k in measures)])
+    rows.append(["ratio, by pair", "",
+                 *(f"{statistics.median(x / y for x, y in zip(a[k], b[k])):.3f}"
+                   for k in measures)])
     print(table(rows, ["last.ckpt", "steps", *(f"ms a step, {o}" for o in measures)]))
     stop = statistics.median(pauses)
-    print(f"\nEach of {len(pauses)} last.ckpt stopped the training for {1e3 * stop:.0f} ms ({1e3 * min(pauses):.0f} to {1e3 * max(pauses):.0f}): "
+    print(f"\nEach of {len(pauses)} last.ckpt stopped the training for {1e3 * stop:.0f} ms "
+          f"({1e3 * min(pauses):.0f} to {1e3 * max(pauses):.0f}): "
           f"{stop / 10:.2%} of ten seconds.\n", flush=True)
 
 
@@ -601,7 +705,9 @@ class Photos(torch.utils.data.Dataset):
             small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
             small.resize((500, 375)).save(path, quality=90)
         from torchvision.transforms import v2
-        self.transform = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
+        self.transform = v2.Compose([v2.RandomResizedCrop(224, antialias=True),
+                                     v2.RandomHorizontalFlip(),
+                                     v2.ToDtype(torch.float32, scale=True)])
 
     def __len__(self) -> int: return 20 * len(self.paths)
 
@@ -623,26 +729,38 @@ def loader_cost(args: argparse.Namespace) -> None:
         return run
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        sets = {"tensors of 8 numbers": TensorDataset(torch.randn(20_000, 8)), "JPEG, random crop": Photos(Path(folder))}
+        sets = {"tensors of 8 numbers": TensorDataset(torch.randn(20_000, 8)),
+                "JPEG, random crop": Photos(Path(folder))}
         for name, data in sets.items():
             plain = DataLoader(data, 32, shuffle=True)
-            times = interleave({"plain": once(plain), "resumable": once(resumable(DataLoader(data, 32, shuffle=True)))}, 7)
+            times = interleave({"plain": once(plain),
+                                "resumable": once(resumable(DataLoader(data, 32, shuffle=True)))},
+                               7)
             a, b = (1e6 * statistics.median(times[o]) for o in ("plain", "resumable"))
-            rows.append([name, f"{a:.1f}", f"{b:.1f}", f"{b - a:.1f}", f"{ratio(times, 'resumable', 'plain'):.3f}"])
-    print(table(rows, ["data, 0 workers", "DataLoader, µs a sample", "ResumableLoader", "more", "ratio"]) + "\n", flush=True)
+            rows.append([name, f"{a:.1f}", f"{b:.1f}", f"{b - a:.1f}",
+                         f"{ratio(times, 'resumable', 'plain'):.3f}"])
+    print(table(rows, ["data, 0 workers", "DataLoader, µs a sample", "ResumableLoader",
+                       "more", "ratio"]) + "\n", flush=True)
 
 
 def trainer_cost(args: argparse.Namespace) -> None:
     import overhead
     def auto(run: overhead.Run) -> float: return overhead.by_trainer(overhead.Plain(), run)
     def silent(run: overhead.Run) -> float:
-        return overhead.by_trainer(overhead.ImageClassifier(overhead.Convolution(), overhead.CLASSES, lr=1e-4, scheduler=None), run)
+        return overhead.by_trainer(overhead.ImageClassifier(overhead.Convolution(),
+                                                            overhead.CLASSES, lr=1e-4,
+                                                            scheduler=None), run)
     sides = overhead.convolution_sides()
-    found = overhead.measure({"by hand": sides["by hand"], "pl.Trainer": sides["pl.Trainer"], "AutoTrainer, the same module": auto,
-                              "AutoTrainer, ImageClassifier": silent}, overhead.Run(overhead.batches(1005, 16, 8), time.process_time), 7)
-    rows = [[name, f"{1e3 * statistics.median(times):.2f}", f"{1e3 * min(times):.2f} to {1e3 * max(times):.2f}", f"{ratio(found, name, 'pl.Trainer'):.3f}"]
+    found = overhead.measure({"by hand": sides["by hand"], "pl.Trainer": sides["pl.Trainer"],
+                              "AutoTrainer, the same module": auto,
+                              "AutoTrainer, ImageClassifier": silent},
+                             overhead.Run(overhead.batches(1005, 16, 8), time.process_time), 7)
+    rows = [[name, f"{1e3 * statistics.median(times):.2f}", f"{1e3 * min(times):.2f} to "
+                                                            f"{1e3 * max(times):.2f}",
+             f"{ratio(found, name, 'pl.Trainer'):.3f}"]
             for name, times in found.items()]
-    print(table(rows, ["one small convolution, processor time", "ms a step, median", "lowest and highest", "of pl.Trainer's"]))
+    print(table(rows, ["one small convolution, processor time", "ms a step, median",
+                       "lowest and highest", "of pl.Trainer's"]))
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -652,19 +770,24 @@ def cost(args: argparse.Namespace) -> None:
     trainer_cost(args)
 
 
-PARTS = {"kills": kills, "error": error, "damage": damage, "disk": disk, "memory": memory, "cost": cost}
+PARTS = {"kills": kills, "error": error, "damage": damage, "disk": disk, "memory": memory,
+         "cost": cost}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="+", type=int, help="numbers of the killed runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=3, help="repetitions of what is timed")
     parser.add_argument("--files", type=int, default=1000, help="damaged files of each sort")
-    parser.add_argument("--epochs", type=int, default=200, help="of the run whose memory is watched")
-    parser.add_argument("--seconds", type=float, default=60, help="of training with and without last.ckpt, each")
-    parser.add_argument("--disk", help="folder for the checkpoints whose cost is measured; the system's for temporary files if left out")
+    parser.add_argument("--epochs", type=int, default=200,
+                        help="of the run whose memory is watched")
+    parser.add_argument("--seconds", type=float, default=60,
+                        help="of training with and without last.ckpt, each")
+    parser.add_argument("--disk", help="folder for the checkpoints whose cost is measured; the "
+                                       "system's for temporary files if left out")
     args = parser.parse_args()
     keep_quiet()
     torch.set_num_threads(1)

@@ -18,7 +18,8 @@ def forked(main: Callable[[dict], None], path: str) -> int:
 
 
 def run_files(main: Callable[[dict], None]) -> None:
-    "Run the settings in the files that the command line names: one here, several in turn, with their exit statuses printed."
+    """Run the settings in the files that the command line names: one here, several in turn, with
+    their exit statuses printed."""
     paths = sys.argv[1:]
     if len(paths) == 1: main(json.loads(open(paths[0]).read()))
     else: print(json.dumps([forked(main, path) for path in paths]))

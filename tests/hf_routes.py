@@ -1,4 +1,5 @@
-"""The four ways from Hugging Face to a trained classifier, tiny, with data that they learn in a few steps."""
+"""The four ways from Hugging Face to a trained classifier, tiny, with data that they learn in a few
+steps."""
 from __future__ import annotations
 
 import importlib.util
@@ -17,7 +18,8 @@ from autotimm.testing import LocalHub
 SIZE, CLASSES = 32, 3
 TIMM_ID, VIT_ID = "timm/tiny_convnext.shapes", "tester/tiny-vit"
 RESNET_ID, TIMM_VIT_ID = "timm/tiny_resnet.shapes", "timm/tiny_vit.shapes"
-TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=SIZE, patch_size=8)
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            image_size=SIZE, patch_size=8)
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 
@@ -41,9 +43,11 @@ def make_set(n: int = 24, seed: int = 0, size: int = SIZE) -> TensorDataset:
     return TensorDataset(x, y)
 
 
-def loaders(n: int = 24, batch_size: int = 8, shuffle: bool = False) -> tuple[DataLoader, DataLoader]:
+def loaders(n: int = 24, batch_size: int = 8,
+            shuffle: bool = False) -> tuple[DataLoader, DataLoader]:
     "Batches for training and for validation."
-    return (DataLoader(make_set(n), batch_size=batch_size, shuffle=shuffle), DataLoader(make_set(12, seed=1), batch_size=6))
+    return (DataLoader(make_set(n), batch_size=batch_size, shuffle=shuffle),
+            DataLoader(make_set(12, seed=1), batch_size=6))
 
 
 class UserModule(pl.LightningModule):
@@ -51,7 +55,8 @@ class UserModule(pl.LightningModule):
 
     def __init__(self, vit: nn.Module, width: int, dropout: float, sgd: bool) -> None:
         super().__init__()
-        self.vit, self.dropout, self.classifier, self.sgd = vit, nn.Dropout(dropout), nn.Linear(width, CLASSES), sgd
+        self.vit, self.dropout, self.classifier, self.sgd = (vit, nn.Dropout(dropout),
+                                                             nn.Linear(width, CLASSES), sgd)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.vit(pixel_values=pixel_values).pooler_output))
@@ -61,7 +66,8 @@ class UserModule(pl.LightningModule):
         logits = self(x)
         loss = F.cross_entropy(logits, y)
         right = (logits.argmax(1) == y).float().mean()
-        self.log_dict({f"{stage}/loss": loss, f"{stage}/accuracy": right}, on_epoch=True, on_step=False, sync_dist=True,
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/accuracy": right}, on_epoch=True,
+                      on_step=False, sync_dist=True,
                       batch_size=len(y))
         return loss
 
@@ -73,7 +79,8 @@ class UserModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.sgd: return torch.optim.SGD(self.parameters(), lr=0.05)
         return torch.optim.AdamW([dict(params=self.vit.parameters(), lr=1e-3),
-                                  dict(params=self.classifier.parameters(), lr=4e-3)], weight_decay=1e-4)
+                                  dict(params=self.classifier.parameters(), lr=4e-3)],
+                                 weight_decay=1e-4)
 
 
 class DirectModule(UserModule):
@@ -81,7 +88,8 @@ class DirectModule(UserModule):
 
     def __init__(self, hidden_size: int = 32, dropout: float = 0.0, sgd: bool = False) -> None:
         from transformers import ViTConfig, ViTModel
-        super().__init__(ViTModel(ViTConfig(**{**TINY, "hidden_size": hidden_size})), hidden_size, dropout, sgd)
+        super().__init__(ViTModel(ViTConfig(**{**TINY, "hidden_size": hidden_size})),
+                         hidden_size, dropout, sgd)
         self.save_hyperparameters()
 
 
@@ -96,12 +104,14 @@ class AutoModule(UserModule):
         self.save_hyperparameters()
 
 
-def classifier(backbone: Any, dropout: float = 0.0, sgd: bool = False, **kwargs: Any) -> pl.LightningModule:
+def classifier(backbone: Any, dropout: float = 0.0, sgd: bool = False,
+               **kwargs: Any) -> pl.LightningModule:
     "Routes 1 and 4: autotimm's own task."
     from autotimm import ImageClassifier
     how: dict[str, Any] = dict(lr=2e-3, scheduler=None)
     if sgd: how = dict(lr=0.05, weight_decay=0.0, optimizer="sgd", scheduler=None)
-    return ImageClassifier(backbone, CLASSES, head_dropout=dropout, image_size=SIZE, **{**how, **kwargs})
+    return ImageClassifier(backbone, CLASSES, head_dropout=dropout, image_size=SIZE,
+                           **{**how, **kwargs})
 
 
 def _config() -> Any:
@@ -125,7 +135,7 @@ class Route:
     name: str
     make: Callable[..., pl.LightningModule]             # takes dropout= and sgd=
     load: Callable[[Any], pl.LightningModule]           # from a checkpoint alone
-    native: bool                                        # through ImageClassifier: brings a data config and class names
+    native: bool  # through ImageClassifier: brings a data config and class names
     needs_transformers: bool = True
 
     def build(self, seed: int = 0, **kwargs: Any) -> pl.LightningModule:
@@ -139,7 +149,8 @@ def _load_user(cls: type[pl.LightningModule]) -> Callable[[Any], pl.LightningMod
 
 
 ROUTES = {o.name: o for o in (
-    Route("hub-timm", lambda **k: classifier(f"hf-hub:{TIMM_ID}", **k), _load_classifier, True, needs_transformers=False),
+    Route("hub-timm", lambda **k: classifier(f"hf-hub:{TIMM_ID}", **k), _load_classifier,
+          True, needs_transformers=False),
     Route("transformers-direct", DirectModule, _load_user(DirectModule), False),
     Route("transformers-auto", AutoModule, _load_user(AutoModule), False),
     Route("transformers-backbone", lambda **k: classifier(_config(), **k), _load_classifier, True),
@@ -156,7 +167,7 @@ class Note(pl.Callback):
 
     def __init__(self) -> None:
         self.losses: list[float] = []                   # of each batch
-        self.val: list[dict[str, float]] = []           # what was logged by the end of each validation
+        self.val: list[dict[str, float]] = []  # what was logged by the end of each validation
         self.grads: list[dict[str, Tensor]] = []        # at each optimiser step
         self.rates: list[list[float]] = []              # of the parameter groups, likewise
         self.sizes: list[int] = []                      # of each batch
@@ -167,12 +178,15 @@ class Note(pl.Callback):
         self.hooks.append("train_start")
         self.start = weights(pl_module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
+                           outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
         self.sizes.append(len(batch[1]))
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        self.grads.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
+                                 optimizer: Any) -> None:
+        self.grads.append({n: p.grad.clone() for n, p in pl_module.named_parameters()
+                           if p.grad is not None})
         self.rates.append([g["lr"] for g in optimizer.param_groups])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,7 +199,8 @@ class Note(pl.Callback):
 
 
 class Spoil(pl.Callback):
-    "Turns the head's weights round before the validation of an epoch, so that it is worse than the one before."
+    """Turns the head's weights round before the validation of an epoch, so that it is worse than
+    the one before."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -203,7 +218,8 @@ class Rates(pl.Callback):
         self.rates = rates
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for group, rate in zip(trainer.optimizers[0].param_groups, self.rates, strict=True): group["lr"] = rate
+        for group, rate in zip(trainer.optimizers[0].param_groups, self.rates, strict=True):
+            group["lr"] = rate
 
 
 class Killed(RuntimeError): "What ends a run before its time."
@@ -227,7 +243,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerance: float) -> None:
     "Both hold the same tensors, bit for bit where no tolerance is given."
     assert found.keys() == wanted.keys()
-    for k, v in wanted.items(): torch.testing.assert_close(found[k], v, **(tolerance or dict(rtol=0, atol=0)), msg=lambda m, k=k: f"{k}: {m}")
+    for k, v in wanted.items():
+        torch.testing.assert_close(found[k], v, **(tolerance or dict(rtol=0, atol=0)),
+                                   msg=lambda m, k=k: f"{k}: {m}")
 
 
 @torch.no_grad()

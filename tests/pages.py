@@ -23,15 +23,20 @@ ROOT = Path(__file__).parents[1]
 
 
 def process(to: Path) -> Path:
-    "A copy of the checkout in `to`, with its notebooks processed as nbdev does before Quarto renders them."
-    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    """A copy of the checkout in `to`, with its notebooks processed as nbdev does before Quarto
+    renders them."""
+    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"],
+                                     cwd=ROOT, text=True)
     for name in listed.splitlines():
         source = ROOT / name
-        if not source.exists() or name.split("/")[0] not in ("nbs", "autotimm", "pyproject.toml", "_quarto.yml"): continue
+        if not source.exists() or name.split("/")[0] not in ("nbs", "autotimm",
+                                                             "pyproject.toml", "_quarto.yml"):
+            continue
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, to / name)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
-    done = subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()"], cwd=to, env=env,
+    done = subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()"],
+                          cwd=to, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return to / "_proc"
@@ -77,7 +82,8 @@ class Page:
         self.name = str(self.processed.parent.relative_to(self.root) / made)
 
     @cached_property
-    def notebook(self) -> NotebookNode: return reads(self.processed.read_text(encoding="utf-8"), as_version=4)
+    def notebook(self) -> NotebookNode:
+        return reads(self.processed.read_text(encoding="utf-8"), as_version=4)
 
     @cached_property
     def front(self) -> str:
@@ -87,14 +93,17 @@ class Page:
     @cached_property
     def html(self) -> BeautifulSoup:
         "The page, its headings with the ids that Quarto gives them."
-        cells = [NotebookNode(cell_type="markdown", id="title", metadata={}, source=f"# {self.title}\n\n> {self.description}")]
+        cells = [NotebookNode(cell_type="markdown", id="title", metadata={},
+                              source=f"# {self.title}\n\n> {self.description}")]
         for cell in self.notebook.cells:
             if cell.cell_type == "raw": continue
             asked = directives(cell.source) if cell.cell_type == "code" else {}
-            kept = NotebookNode(cell_type=cell.cell_type, id=f"cell-{len(cells)}", source=cell.source, metadata=NotebookNode(tags=[]))
+            kept = NotebookNode(cell_type=cell.cell_type, id=f"cell-{len(cells)}",
+                                source=cell.source, metadata=NotebookNode(tags=[]))
             if asked.get("echo") == "false": kept.metadata.tags.append("no-code")
             if cell.cell_type == "code":
-                kept.update(source=re.sub(r"^#\s*\|.*\n?", "", cell.source, flags=re.M), outputs=cell.outputs, execution_count=None)
+                kept.update(source=re.sub(r"^#\s*\|.*\n?", "", cell.source, flags=re.M),
+                            outputs=cell.outputs, execution_count=None)
             cells.append(kept)
         whole = NotebookNode(nbformat=4, nbformat_minor=5, cells=cells, metadata=NotebookNode(
             kernelspec=NotebookNode(name="python3", display_name="Python", language="python")))
@@ -103,7 +112,8 @@ class Page:
         for heading in soup.find_all(re.compile(r"h[1-6]$")):
             for link in heading.find_all("a", class_="anchor-link"): link.decompose()
             first = anchor(heading.get_text())
-            heading["id"] = next(o for o in (first, *(f"{first}-{n}" for n in range(1, 99))) if o not in used)
+            heading["id"] = next(o for o in (first, *(f"{first}-{n}" for n in range(1, 99)))
+                                 if o not in used)
             used.add(heading["id"])
         return soup
 
@@ -119,10 +129,12 @@ class Site:
     def __init__(self, folder: Path):
         self.root = process(folder)
         sources = folder / "nbs"
-        self.pages = [Page(sources / o.relative_to(self.root), o, self.root) for o in sorted(self.root.rglob("*.ipynb"))]
+        self.pages = [Page(sources / o.relative_to(self.root), o, self.root)
+                      for o in sorted(self.root.rglob("*.ipynb"))]
         self.by_name = {o.name: o for o in self.pages}
         settings = json.loads(subprocess.check_output(
-            [sys.executable, "-c", "import json; from autotimm._modidx import d; print(json.dumps(d['settings']))"], text=True, cwd=ROOT))
+            [sys.executable, "-c", "import json; from autotimm._modidx import d; "
+                                   "print(json.dumps(d['settings']))"], text=True, cwd=ROOT))
         self.address = settings["doc_host"] + settings["doc_baseurl"] + "/"
         self.blob = f"{settings['git_url']}/blob/{settings['branch']}/"
 
@@ -141,14 +153,16 @@ class Site:
 
     def write(self, to: Path) -> None:
         "The pages as files, with links from one to the other and a sidebar of them all."
-        shutil.copytree(self.root, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ipynb", "*.yml"))
+        shutil.copytree(self.root, to, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.ipynb", "*.yml"))
         for page in self.pages:
             soup = BeautifulSoup(str(page.html), "html.parser")
             for link in soup.find_all("a", href=True):
                 goal = self.target(page, link["href"])
                 if isinstance(goal, Page):
                     here = os.path.relpath(goal.name, Path(page.name).parent)
-                    link["href"] = here + ("#" + urldefrag(link["href"])[1] if "#" in link["href"] else "")
+                    link["href"] = here + ("#" + urldefrag(link["href"])[1] if "#" in link["href"]
+                                           else "")
             (to / page.name).parent.mkdir(parents=True, exist_ok=True)
             (to / page.name).write_text(str(soup), encoding="utf-8")
 

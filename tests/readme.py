@@ -14,14 +14,16 @@ GALLERY = ROOT / "nbs" / "images" / "gallery"
 
 
 def render(notebook: Path) -> str:
-    "The notebook as Markdown: text as it is, code in fences, text outputs indented; hidden cells left out."
+    """The notebook as Markdown: text as it is, code in fences, text outputs indented; hidden cells
+    left out."""
     parts = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"]).strip()
         if not source or source.startswith(("#| hide", SITE_ONLY)): continue
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         for output in cell.get("outputs", []):
-            text = "".join(output.get("text", output.get("data", {}).get("text/plain", []))).rstrip()
+            text = "".join(output.get("text",
+                                      output.get("data", {}).get("text/plain", []))).rstrip()
             if text: parts.append("\n".join(f"    {line}" for line in text.splitlines()))
     note = "<!-- Made from nbs/index.ipynb by tests/readme.py: edit that notebook. -->"
     # Pictures lie beside the notebook, and README.md a folder above it.
@@ -35,7 +37,8 @@ def gallery() -> dict[str, bytes]:
         for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
             label = re.search(r"^#\|\s*label:\s*gallery-([\w-]+)", "".join(cell["source"]), re.M)
             if not label: continue
-            pictures = [o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {})]
+            pictures = [o["data"]["image/png"] for o in cell["outputs"]
+                        if "image/png" in o.get("data", {})]
             assert pictures, f"{notebook.name}: cell gallery-{label[1]} shows no picture"
             assert label[1] not in found, f"two cells are labelled gallery-{label[1]}"
             found[label[1]] = base64.b64decode("".join(pictures[-1]))
@@ -50,7 +53,8 @@ def main() -> int:
         for old in GALLERY.iterdir(): old.unlink()
         for name, picture in gallery().items(): (GALLERY / f"{name}.png").write_bytes(picture)
     same = readme.read_text(encoding="utf-8") == wanted
-    print("README.md agrees with nbs/index.ipynb." if same else "README.md differs from nbs/index.ipynb: python tests/readme.py --write")
+    print("README.md agrees with nbs/index.ipynb." if same
+          else "README.md differs from nbs/index.ipynb: python tests/readme.py --write")
     return 0 if same else 1
 
 

@@ -1,4 +1,5 @@
-"A user's own LightningModules and loaders, small enough to train in a blink. Used by the trainer's tests."
+"""A user's own LightningModules and loaders, small enough to train in a blink. Used by the
+trainer's tests."""
 import getpass
 import os
 import re
@@ -23,7 +24,8 @@ def patterns(n: int = 64, seed: int = 1) -> TensorDataset:
 
 
 def loaders(n: int = 64, batch_size: int = 16, **kwargs) -> tuple[DataLoader, DataLoader]:
-    return DataLoader(patterns(n), batch_size, shuffle=True, **kwargs), DataLoader(patterns(32, 2), 16, **kwargs)
+    return DataLoader(patterns(n), batch_size, shuffle=True,
+                      **kwargs), DataLoader(patterns(32, 2), 16, **kwargs)
 
 
 class Plain(pl.LightningModule):
@@ -31,7 +33,8 @@ class Plain(pl.LightningModule):
 
     def __init__(self, dropout: float = 0.2):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 4))
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(),
+                                 nn.Dropout(dropout), nn.Linear(16, 4))
 
     def forward(self, x): return self.net(x)
 
@@ -53,7 +56,8 @@ class Full(Plain):
         logits = self(x)
         loss = nn.functional.cross_entropy(logits, y)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True)
-        self.log(f"{stage}/accuracy", (logits.argmax(1) == y).float().mean(), on_step=False, on_epoch=True)
+        self.log(f"{stage}/accuracy", (logits.argmax(1) == y).float().mean(), on_step=False,
+                 on_epoch=True)
         return loss
 
     def training_step(self, batch, batch_idx): return self.shared(batch, "train")
@@ -83,7 +87,10 @@ def tells_nothing_of_the_machine(path, *folders) -> None:
     "Assert that neither the user, nor the host, nor a folder is named in a checkpoint."
     with zipfile.ZipFile(path) as file:
         # What is text stands in the pickle; among the weights a short name would stand by chance.
-        text = b"\n".join(file.read(o) for o in file.namelist() if "/data/" not in o) + "\n".join(file.namelist()).encode()
-    for secret in (str(Path.home()), os.getcwd(), *map(str, folders)): assert len(secret) < 4 or secret.encode() not in text, secret
+        text = b"\n".join(file.read(o) for o in file.namelist()
+                          if "/data/" not in o) + "\n".join(file.namelist()).encode()
+    for secret in (str(Path.home()), os.getcwd(), *map(str, folders)):
+        assert len(secret) < 4 or secret.encode() not in text, secret
     # Letters around a name make another word of it, such as the name of a module.
-    for name in (socket.gethostname(), getpass.getuser()): assert not re.search(rb"(?<![\w.])%s(?![\w.])" % re.escape(name).encode(), text), name
+    for name in (socket.gethostname(), getpass.getuser()):
+        assert not re.search(rb"(?<![\w.])%s(?![\w.])" % re.escape(name).encode(), text), name

@@ -1,4 +1,5 @@
-"AutoTrainer: its arguments, its checkpoints, a second model, metrics that never come, what it leaves behind."
+"""AutoTrainer: its arguments, its checkpoints, a second model, metrics that never come, what it
+leaves behind."""
 import inspect
 import json
 import os
@@ -10,7 +11,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from small_models import QUIET, Full, Plain, loaders, patterns, same_weights, tells_nothing_of_the_machine
+from small_models import (QUIET, Full, Plain, loaders, patterns, same_weights,
+                          tells_nothing_of_the_machine)
 
 from autotimm.callbacks import JsonProgressCallback
 from autotimm.checkpoints import BestCheckpoint
@@ -22,7 +24,8 @@ from autotimm.tuning import TunerConfig
 @pytest.fixture
 def make(tmp_path):
     "A trainer in a folder of its own."
-    return lambda **kwargs: AutoTrainer(**{"max_epochs": 2, "default_root_dir": str(tmp_path), **QUIET, **kwargs})
+    return lambda **kwargs: AutoTrainer(**{"max_epochs": 2, "default_root_dir": str(tmp_path),
+                                           **QUIET, **kwargs})
 
 
 def messages(recorded, text: str) -> list[str]:
@@ -32,7 +35,8 @@ def messages(recorded, text: str) -> list[str]:
 # Arguments
 
 def test_signature_shows_every_argument_of_lightning():
-    shown, theirs = inspect.signature(AutoTrainer).parameters, inspect.signature(pl.Trainer).parameters
+    shown, theirs = (inspect.signature(AutoTrainer).parameters,
+                     inspect.signature(pl.Trainer).parameters)
     assert set(theirs) <= set(shown)
     assert "tuner_config" in shown and "trainer_kwargs" not in shown
     assert list(shown)[:4] == ["max_epochs", "accelerator", "devices", "precision"]
@@ -41,7 +45,8 @@ def test_signature_shows_every_argument_of_lightning():
 
 
 @pytest.mark.parametrize("limits, epochs", [
-    ({}, 10), ({"max_steps": 5}, None), ({"max_time": "00:00:01:00"}, None), ({"max_epochs": 10, "max_steps": 5}, 10),
+    ({}, 10), ({"max_steps": 5}, None), ({"max_time": "00:00:01:00"}, None),
+    ({"max_epochs": 10, "max_steps": 5}, 10),
     ({"max_epochs": 3}, 3), ({"max_steps": -1}, 10)])
 def test_ten_epochs_only_without_another_limit(tmp_path, limits, epochs):
     assert AutoTrainer(default_root_dir=str(tmp_path), **QUIET, **limits).max_epochs == epochs
@@ -83,7 +88,8 @@ def test_bad_arguments(make, arguments, error, text):
     ("resnet18", loaders(), "got str"),
     (Full(), (patterns(),), "Wrap it: DataLoader"),
     (Full(), (None, None, "data"), "datamodule must be a LightningDataModule, got str"),
-    (Full(), ("folder",), "train_dataloaders must be a DataLoader.* got str: 'folder'. Images of a folder: ImageDataModule"),
+    (Full(), ("folder",), "train_dataloaders must be a DataLoader.* got str: 'folder'. Images of a "
+                          "folder: ImageDataModule"),
     (Full(), (pl.LightningDataModule,), "got type"),
     (Full(), ([patterns()],), "Got a data set .TensorDataset."),
     (Full(), ({"a": patterns()},), "Got a data set .TensorDataset."),
@@ -93,14 +99,20 @@ def test_bad_models_and_data(make, model, data, text):
 
 
 def test_no_data_is_an_error(make, tmp_path):
-    with pytest.raises(ValueError, match="fit.. was given no data.*no train_dataloader"): make().fit(Full())
-    with pytest.raises(ValueError, match="test.. was given no data.*no test_dataloader"): make().test(Full())
+    with pytest.raises(ValueError, match="fit.. was given no data.*no train_dataloader"):
+        make().fit(Full())
+    with pytest.raises(ValueError, match="test.. was given no data.*no test_dataloader"):
+        make().test(Full())
     few = torch.utils.data.DataLoader(patterns(3), 16, drop_last=True)
-    with pytest.raises(ValueError, match="no batches: it is empty, or smaller than a batch"): make().fit(Full(), few)
+    with pytest.raises(ValueError, match="no batches: it is empty, or smaller than a batch"):
+        make().fit(Full(), few)
     make(limit_train_batches=0).fit(Full(), *loaders())              # that was asked for
-    with pytest.raises(TypeError, match="datamodule must be a LightningDataModule, got str: 'best'"): make().test(Full(), loaders()[1], "best")
+    with pytest.raises(TypeError,
+                       match="datamodule must be a LightningDataModule, got str: 'best'"):
+        make().test(Full(), loaders()[1], "best")
     for what in ("validate", "test", "predict"):
-        with pytest.raises(TypeError, match=f"{what}.. without a model"): getattr(make(), what)(dataloaders=loaders()[1])
+        with pytest.raises(TypeError, match=f"{what}.. without a model"):
+            getattr(make(), what)(dataloaders=loaders()[1])
 
 
 @pytest.mark.parametrize("arguments, text", [
@@ -115,7 +127,8 @@ def test_bad_tuner_configs(arguments, text):
 def test_loggers_of_every_kind(make, tmp_path):
     manager = LoggerManager([LoggerConfig("csv", {"save_dir": str(tmp_path / "a")})])
     assert make(logger=manager).loggers == manager.loggers
-    configs = [LoggerConfig("csv", {"save_dir": str(tmp_path / "b")}), LoggerConfig("tensorboard", {"save_dir": str(tmp_path / "b")})]
+    configs = [LoggerConfig("csv", {"save_dir": str(tmp_path / "b")}),
+               LoggerConfig("tensorboard", {"save_dir": str(tmp_path / "b")})]
     trainer = make(logger=configs, log_every_n_steps=1)
     assert [type(o).__name__ for o in trainer.loggers] == ["CSVLogger", "TensorBoardLogger"]
     assert make(logger=False).loggers == [] and make(logger=CSVLogger(tmp_path)).loggers
@@ -124,11 +137,14 @@ def test_loggers_of_every_kind(make, tmp_path):
 
 
 def test_barebones_and_fast_dev_run(make, tmp_path):
-    AutoTrainer(barebones=True, max_epochs=1, accelerator="cpu", default_root_dir=str(tmp_path)).fit(Plain(), loaders()[0])
+    AutoTrainer(barebones=True, max_epochs=1, accelerator="cpu",
+                default_root_dir=str(tmp_path)).fit(Plain(), loaders()[0])
     trainer = make(fast_dev_run=True, tuner_config=TunerConfig())
     trainer.fit(Full(), *loaders())
-    assert trainer.global_step == 1 and trainer.tuner_config is None and not list(tmp_path.rglob("*.ckpt"))
-    with pytest.warns(UserWarning, match="has kept no checkpoint"): trainer.test(dataloaders=loaders()[1], verbose=False)
+    assert (trainer.global_step == 1 and trainer.tuner_config is None
+            and not list(tmp_path.rglob("*.ckpt")))
+    with pytest.warns(UserWarning, match="has kept no checkpoint"):
+        trainer.test(dataloaders=loaders()[1], verbose=False)
 
 
 def test_mixed_precision_on_the_cpu(make):
@@ -145,8 +161,10 @@ def test_best_and_last_are_kept(make, tmp_path):
     losses = {row["epoch"]: row["val/loss"] for row in trainer.history}
     best = min(losses, key=losses.get)
     name = f"best-epoch={best:02d}-val_loss={losses[best]:.4g}.ckpt"
-    assert sorted(o.name for o in (tmp_path / "checkpoints" / "version_0").iterdir()) == sorted([name, "last.ckpt"])
-    assert Path(trainer.best_model_path).name == name and Path(trainer.last_model_path).name == "last.ckpt"
+    assert (sorted(o.name for o in (tmp_path / "checkpoints" / "version_0").iterdir())
+            == sorted([name, "last.ckpt"]))
+    assert (Path(trainer.best_model_path).name == name
+            and Path(trainer.last_model_path).name == "last.ckpt")
     assert trainer.checkpoint_callback.best_model_path == trainer.best_model_path
     assert trainer.checkpoint_callback.best_model_score == pytest.approx(losses[best])
 
@@ -155,7 +173,8 @@ def test_files_of_earlier_runs_are_not_touched(make, tmp_path):
     for n in range(2):
         make(max_epochs=1).fit(Full(), *loaders())
         if n == 0: before = {o: o.read_bytes() for o in tmp_path.rglob("*.ckpt")}
-    assert len(list(tmp_path.rglob("last.ckpt"))) == 2 and all(o.read_bytes() == b for o, b in before.items())
+    assert len(list(tmp_path.rglob("last.ckpt"))) == 2 and all(o.read_bytes() == b
+                                                               for o, b in before.items())
 
 
 def test_no_checkpoints_when_not_wanted(make, tmp_path):
@@ -169,12 +188,14 @@ def test_users_own_checkpoint_stands_alone_and_last_is_kept(make, tmp_path):
     trainer = make(callbacks=[own])
     assert not any(isinstance(o, BestCheckpoint) for o in trainer.callbacks)
     trainer.fit(Full(), *loaders())
-    assert trainer.best_model_path == own.best_model_path and os.path.exists(trainer.last_model_path)
+    assert (trainer.best_model_path == own.best_model_path
+            and os.path.exists(trainer.last_model_path))
 
 
 def test_checkpoint_set_by_the_model_stands_alone(make, tmp_path):
     class Own(Full):
-        def configure_callbacks(self): return [ModelCheckpoint(tmp_path / "own", monitor="val/accuracy", mode="max")]
+        def configure_callbacks(self):
+            return [ModelCheckpoint(tmp_path / "own", monitor="val/accuracy", mode="max")]
     trainer = make()
     trainer.fit(Own(), *loaders())
     assert not list(tmp_path.rglob("best-*")) and Path(trainer.best_model_path).parent.name == "own"
@@ -187,7 +208,8 @@ def test_without_monitor_the_best_is_the_last(make):
 
 
 def test_checkpoints_load_weights_only_and_tell_nothing_of_the_machine(make, tmp_path, monkeypatch):
-    own = ModelCheckpoint(tmp_path / "own", filename="a-{epoch}", monitor="val/loss", save_top_k=2, save_last=True)
+    own = ModelCheckpoint(tmp_path / "own", filename="a-{epoch}", monitor="val/loss",
+                          save_top_k=2, save_last=True)
     trainer = make(callbacks=[own, EarlyStopping("val/loss")])
     trainer.fit(Full(), *loaders())
     for path in [*tmp_path.rglob("*.ckpt")]:
@@ -195,7 +217,8 @@ def test_checkpoints_load_weights_only_and_tell_nothing_of_the_machine(make, tmp
         tells_nothing_of_the_machine(path, tmp_path)
     states = torch.load(trainer.last_model_path, weights_only=True)["callbacks"]
     state = next(v for k, v in states.items() if k.startswith("ModelCheckpoint"))
-    assert state["best_model_path"] == os.path.basename(own.best_model_path) and len(state["best_k_models"]) == 2
+    assert (state["best_model_path"] == os.path.basename(own.best_model_path)
+            and len(state["best_k_models"]) == 2)
 
 
 def test_plain_lightning_reads_our_checkpoints(make, tmp_path):
@@ -217,7 +240,8 @@ def test_a_broken_checkpoint_is_named(make, content):
     for tuner in (None, TunerConfig()):
         with pytest.raises(RuntimeError, match=r"last.ckpt is cut off, or no checkpoint"):
             make(max_epochs=3, tuner_config=tuner).fit(Full(), train, val, ckpt_path="last")
-    with pytest.raises(RuntimeError, match=r"best-epoch.*is cut off, or no checkpoint"): trainer.test(model, val, ckpt_path="best")
+    with pytest.raises(RuntimeError, match=r"best-epoch.*is cut off, or no checkpoint"):
+        trainer.test(model, val, ckpt_path="best")
 
 
 class Settings: "Something that weights_only=True does not load."
@@ -232,7 +256,8 @@ class WithSettings(Full):
 def test_hyperparameters_that_are_not_plain_are_named(make):
     trainer, model, (train, val) = make(), WithSettings(Settings()), loaders()
     trainer.fit(model, train, val)
-    with pytest.raises(Exception, match="holds an object of .*Settings.*weights_only=False"): trainer.test(dataloaders=val)
+    with pytest.raises(Exception, match="holds an object of .*Settings.*weights_only=False"):
+        trainer.test(dataloaders=val)
     assert trainer.test(dataloaders=val, verbose=False, weights_only=False)
 
 
@@ -240,10 +265,12 @@ def test_a_missing_file_or_folder_is_named_and_forgets_nothing(make, tmp_path):
     trainer, (train, val) = make(), loaders()
     trainer.fit(Full(), train, val)
     best = trainer.best_model_path
-    with pytest.raises(FileNotFoundError, match="ckpt_path='nope.ckpt': there is no such file"): trainer.fit(Full(), train, val, ckpt_path="nope.ckpt")
+    with pytest.raises(FileNotFoundError, match="ckpt_path='nope.ckpt': there is no such file"):
+        trainer.fit(Full(), train, val, ckpt_path="nope.ckpt")
     assert trainer.best_model_path == best != "" and len(trainer.history) == 2
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Give a default_root_dir"): make(default_root_dir=str(tmp_path / "file")).fit(Full(), train, val)
+    with pytest.raises(OSError, match="Give a default_root_dir"):
+        make(default_root_dir=str(tmp_path / "file")).fit(Full(), train, val)
 
 
 def test_history_is_whole_after_resuming_from_the_best(make):
@@ -251,7 +278,8 @@ def test_history_is_whole_after_resuming_from_the_best(make):
     trainer.fit(Full(), train, val)
     other = make(max_epochs=4)
     other.fit(Full(), train, val, ckpt_path=trainer.best_model_path)
-    assert [row["epoch"] for row in other.history] == [0, 1, 2, 3] and all("val/loss" in row for row in other.history)
+    assert ([row["epoch"] for row in other.history] == [0, 1, 2, 3]
+            and all("val/loss" in row for row in other.history))
 
 
 def test_finders_of_lightning_leave_no_trace_in_the_history(make):
@@ -265,40 +293,46 @@ def test_finders_of_lightning_leave_no_trace_in_the_history(make):
 
 @pytest.mark.parametrize("train, val", [
     ({"batch_size": 16}, {"dataset": "endless", "batch_size": 16}),
-    ({"batch_sampler": torch.utils.data.BatchSampler(torch.utils.data.SequentialSampler(range(64)), 8, False)}, {"batch_sampler": [[0, 1], [2, 3]]})])
+    ({"batch_sampler": torch.utils.data.BatchSampler(torch.utils.data.SequentialSampler(range(64)),
+                                                     8, False)},
+     {"batch_sampler": [[0, 1], [2, 3]]})])
 def test_size_search_leaves_validation_loaders_alone_that_cannot_be_resized(make, train, val):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self): yield from patterns()
     config = TunerConfig(False, True, None, {"max_val": 32})
     trainer = make(max_epochs=1, tuner_config=config)
     val = {**val, "dataset": Stream() if "dataset" in val else patterns()}
-    trainer.fit(Full(), torch.utils.data.DataLoader(patterns(), **train), torch.utils.data.DataLoader(**val))
+    trainer.fit(Full(), torch.utils.data.DataLoader(patterns(), **train),
+                torch.utils.data.DataLoader(**val))
     assert trainer.tuning.batch_size.suggestion == 32 and "val/loss" in trainer.history[0]
 
 
 # Metrics that never come
 
 def test_overview_callbacks_on_a_model_that_logs_only_train_loss(make, tmp_path):
-    callbacks = [ModelCheckpoint(tmp_path / "own", filename="best-{epoch:02d}-{val/accuracy:.2f}", monitor="val/accuracy", mode="max", save_top_k=3),
+    callbacks = [ModelCheckpoint(tmp_path / "own", filename="best-{epoch:02d}-{val/accuracy:.2f}",
+                                 monitor="val/accuracy", mode="max", save_top_k=3),
                  EarlyStopping("val/accuracy", patience=10, mode="max")]
     trainer = make(callbacks=callbacks, max_epochs=3)
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         trainer.fit(Plain(), *loaders())
     found = messages(recorded, "val/accuracy")
-    assert len(found) == 1 and "EarlyStopping and ModelCheckpoint" in found[0] and "Logged: train/loss" in found[0]
+    assert (len(found) == 1 and "EarlyStopping and ModelCheckpoint" in found[0]
+            and "Logged: train/loss" in found[0])
     assert trainer.current_epoch == 3 and trainer.best_model_path == trainer.last_model_path
     assert callbacks[1].strict and "_save_topk_checkpoint" not in vars(callbacks[0])
 
 
 def test_same_callbacks_on_a_second_trainer_start_afresh(make, tmp_path):
-    callbacks = [ModelCheckpoint(tmp_path / "own", filename="best-{epoch:02d}-{val/accuracy:.2f}", monitor="val/accuracy", mode="max", save_top_k=3),
+    callbacks = [ModelCheckpoint(tmp_path / "own", filename="best-{epoch:02d}-{val/accuracy:.2f}",
+                                 monitor="val/accuracy", mode="max", save_top_k=3),
                  EarlyStopping("val/accuracy", patience=1, mode="max", min_delta=2.0)]
     first = make(callbacks=callbacks, max_epochs=9)
     first.fit(Full(), *loaders())
     assert first.current_epoch == 2 and callbacks[1].wait_count == 1
     files = {o.name for o in (tmp_path / "own").iterdir()}
-    assert all("val_accuracy=" in o for o in files)                  # no folder, and the metric's name and value
+    assert all("val_accuracy=" in o for o in files)  # no folder, and the metric's name and value
     second = make(callbacks=callbacks, max_epochs=3)
     assert callbacks[1].wait_count == 1                              # until it trains
     second.fit(Full(), *loaders())
@@ -308,7 +342,8 @@ def test_same_callbacks_on_a_second_trainer_start_afresh(make, tmp_path):
 @pytest.mark.parametrize("val", [True, False])
 def test_checkpoint_monitor_falls_back_to_the_last(make, val):
     trainer, (train, loader) = make(), loaders()
-    with pytest.warns(UserWarning, match=r"Not logged: 'val/loss' \(for BestCheckpoint\). Logged: train/loss"):
+    with pytest.warns(UserWarning,
+                      match=r"Not logged: 'val/loss' \(for BestCheckpoint\). Logged: train/loss"):
         trainer.fit(Plain(), train, loader if val else None)
     assert trainer.best_model_path == trainer.last_model_path != ""
 
@@ -316,7 +351,8 @@ def test_checkpoint_monitor_falls_back_to_the_last(make, val):
 def test_no_warning_while_validation_is_still_to_come(make):
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
-        trainer = make(max_epochs=4, check_val_every_n_epoch=2, callbacks=[EarlyStopping("val/loss")])
+        trainer = make(max_epochs=4, check_val_every_n_epoch=2,
+                       callbacks=[EarlyStopping("val/loss")])
         trainer.fit(Full(), *loaders())
     assert not messages(recorded, "Not logged")
     assert ["val/loss" in row for row in trainer.history] == [False, True, False, True]
@@ -326,7 +362,9 @@ def test_no_warning_while_validation_is_still_to_come(make):
 
 def test_a_second_model_is_trained_in_full(make, tmp_path):
     stop = EarlyStopping("val/loss", patience=50)
-    trainer = make(max_epochs=3, callbacks=[stop], logger=[LoggerConfig("csv", {"save_dir": str(tmp_path / "logs")})], log_every_n_steps=1)
+    trainer = make(max_epochs=3, callbacks=[stop],
+                   logger=[LoggerConfig("csv", {"save_dir": str(tmp_path / "logs")})],
+                   log_every_n_steps=1)
     first, second, (train, val) = Full(), Full(), loaders()
     trainer.fit(first, train, val)
     kept = {o: o.read_bytes() for o in tmp_path.rglob("*.ckpt")}
@@ -338,21 +376,27 @@ def test_a_second_model_is_trained_in_full(make, tmp_path):
     assert [row["epoch"] for row in trainer.history] == [0, 1, 2]
     assert not torch.equal(before["net.0.weight"], second.net[0].weight)
     assert stop.best_score > -9 and trainer.callbacks.count(stop) == 1
-    assert all(o.read_bytes() == b for o, b in kept.items()) and len(list(tmp_path.rglob("last.ckpt"))) == 2
-    assert len(list(tmp_path.rglob("metrics.csv"))) == 2 and all(o.read_text() == t for o, t in logs.items())
+    assert (all(o.read_bytes() == b for o, b in kept.items())
+            and len(list(tmp_path.rglob("last.ckpt"))) == 2)
+    assert len(list(tmp_path.rglob("metrics.csv"))) == 2 and all(o.read_text() == t
+                                                                 for o, t in logs.items())
 
 
 def test_every_logger_begins_another_run_for_a_second_model(make, tmp_path, monkeypatch):
     import sqlite3
     monkeypatch.setenv("WANDB_SILENT", "true")
-    configs = [LoggerConfig("tensorboard", {"save_dir": str(tmp_path / "tb")}), LoggerConfig("mlflow", {"experiment_name": "e", "save_dir": str(tmp_path / "ml")}),
-               LoggerConfig("wandb", {"project": "p", "save_dir": str(tmp_path / "wb"), "offline": True, "mode": "offline"})]
+    configs = [LoggerConfig("tensorboard", {"save_dir": str(tmp_path / "tb")}),
+               LoggerConfig("mlflow", {"experiment_name": "e", "save_dir": str(tmp_path / "ml")}),
+               LoggerConfig("wandb", {"project": "p", "save_dir": str(tmp_path / "wb"),
+                                      "offline": True, "mode": "offline"})]
     trainer = make(logger=configs, max_epochs=1, log_every_n_steps=1)
     for _ in range(2): trainer.fit(Full(), *loaders())
     for logger in trainer.loggers: logger.finalize("success")
-    runs = sqlite3.connect(tmp_path / "ml" / "mlflow.db").execute("select run_uuid, count(*) from metrics group by run_uuid").fetchall()
+    runs = sqlite3.connect(tmp_path / "ml" / "mlflow.db").execute("select run_uuid, count(*) from "
+                                                                  "metrics group by run_uuid").fetchall()
     assert len(runs) == 2 and runs[0][1] == runs[1][1] > 0
-    assert len(list((tmp_path / "tb").rglob("events.*"))) == 2 and len(list((tmp_path / "wb").rglob("*.wandb"))) == 2
+    assert (len(list((tmp_path / "tb").rglob("events.*"))) == 2
+            and len(list((tmp_path / "wb").rglob("*.wandb"))) == 2)
 
 
 def test_a_second_model_trains_as_on_a_new_trainer(make):
@@ -370,7 +414,8 @@ def test_the_same_model_follows_lightning_and_says_so(make):
     trainer, model, (train, val) = make(max_epochs=2), Full(), loaders()
     trainer.fit(model, train, val)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.warns(UserWarning, match="already trained to max_epochs=2"): trainer.fit(model, train, val)
+    with pytest.warns(UserWarning, match="already trained to max_epochs=2"):
+        trainer.fit(model, train, val)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     trainer.fit_loop.max_epochs = 3
     trainer.fit(model, train, val)
@@ -407,9 +452,10 @@ def test_the_best_is_that_of_this_run(make, tmp_path):
             if self.current_epoch > 0:
                 with torch.no_grad(): self.net[-1].bias += torch.tensor([100.0, -100.0, 0.0, 0.0])
     trainer, model, (train, val) = make(max_epochs=3), Worse(), loaders()
-    make(max_epochs=1).fit(Full(), train, val)                       # another run in the same folder
+    make(max_epochs=1).fit(Full(), train, val)  # another run in the same folder
     trainer.fit(model, train, val)
-    assert trainer.best_model_path.startswith(str(tmp_path / "checkpoints" / "version_1" / "best-epoch=00"))
+    assert trainer.best_model_path.startswith(str(tmp_path / "checkpoints" / "version_1"
+                                                  / "best-epoch=00"))
     patience = trainer.checkpoint_callback.best_model_path
     as_it_is = trainer.test(model, val, verbose=False)[0]["test/loss"]
     loss = trainer.test(dataloaders=val, verbose=False)[0]["test/loss"]
@@ -422,11 +468,13 @@ def test_the_best_is_that_of_this_run(make, tmp_path):
 
 def test_test_without_a_run_takes_the_weights_as_they_are(make):
     trainer, (train, val) = make(), loaders()
-    with pytest.warns(UserWarning, match="has kept no checkpoint"): trainer.test(Full(), val, ckpt_path="best", verbose=False)
+    with pytest.warns(UserWarning, match="has kept no checkpoint"):
+        trainer.test(Full(), val, ckpt_path="best", verbose=False)
     trainer.fit(Full(), train, val)
     other = Full()
     weights = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.warns(UserWarning, match="that of another model"): trainer.test(other, datamodule=None, dataloaders=val, ckpt_path="best", verbose=False)
+    with pytest.warns(UserWarning, match="that of another model"):
+        trainer.test(other, datamodule=None, dataloaders=val, ckpt_path="best", verbose=False)
     assert all(torch.equal(v, weights[k]) for k, v in other.state_dict().items())
 
 
@@ -434,10 +482,13 @@ def test_validate_and_predict(make):
     trainer, model, (train, val) = make(), Full(), loaders()
     trainer.fit(model, train, val)
     best = min(row["val/loss"] for row in trainer.history)
-    assert trainer.validate(dataloaders=val, verbose=False)[0]["val/loss"] == pytest.approx(best, rel=1e-4)
-    assert trainer.validate(model, val, ckpt_path="best", verbose=False)[0]["val/loss"] == pytest.approx(best, rel=1e-4)
+    assert (trainer.validate(dataloaders=val, verbose=False)[0]["val/loss"]
+            == pytest.approx(best, rel=1e-4))
+    assert trainer.validate(model, val, ckpt_path="best",
+                            verbose=False)[0]["val/loss"] == pytest.approx(best, rel=1e-4)
     assert torch.cat(trainer.predict(model, val)).shape == (32,)
-    with pytest.raises(FileNotFoundError, match="has not kept one yet"): make().predict(model, val, ckpt_path="last")
+    with pytest.raises(FileNotFoundError, match="has not kept one yet"):
+        make().predict(model, val, ckpt_path="last")
 
 
 # Seeds, history, progress
@@ -457,24 +508,29 @@ def test_history_has_a_row_an_epoch(make):
     trainer = make(max_epochs=2, val_check_interval=0.5)
     trainer.fit(Full(), *loaders())
     assert [(row["epoch"], row["step"]) for row in trainer.history] == [(0, 4), (1, 8)]
-    assert set(trainer.history[0]) == {"epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy"}
+    assert set(trainer.history[0]) == {"epoch", "step", "train/loss", "train/accuracy",
+                                       "val/loss", "val/accuracy"}
     with pytest.raises(ValueError, match="no history yet"): make().plot_history()
-    with pytest.raises(ValueError, match="Quantity 'los' not found. Did you mean 'loss'"): trainer.plot_history(["accuracy", "los"])
+    with pytest.raises(ValueError, match="Quantity 'los' not found. Did you mean 'loss'"):
+        trainer.plot_history(["accuracy", "los"])
     assert len(trainer.plot_history("loss").axes) == 1
 
 
 def test_json_progress(make, tmp_path):
     path = tmp_path / "out" / "progress.jsonl"
-    make(json_progress=True, json_progress_every_n_steps=2, json_progress_log_file=str(path)).fit(Full(), *loaders())
+    make(json_progress=True, json_progress_every_n_steps=2,
+         json_progress_log_file=str(path)).fit(Full(), *loaders())
     events = [json.loads(o) for o in path.read_text().splitlines()]
-    assert [o["event"] for o in events] == ["fit_start", *["step", "step", "epoch_end"] * 2, "fit_end"]
+    assert [o["event"] for o in events] == ["fit_start", *["step", "step", "epoch_end"] * 2,
+                                            "fit_end"]
     assert "train/loss" in events[3]["metrics"] and events[-1]["status"] == "finished"
     assert not any(isinstance(o, JsonProgressCallback) for o in make().callbacks)
 
 
 def test_progress_bars_of_both_kinds(make, capsys):
     for kind in ("tqdm", "rich"):
-        AutoTrainer(max_epochs=1, progress_bar=kind, accelerator="cpu", default_root_dir=make().default_root_dir).fit(Full(), *loaders())
+        AutoTrainer(max_epochs=1, progress_bar=kind, accelerator="cpu",
+                    default_root_dir=make().default_root_dir).fit(Full(), *loaders())
         assert "Epoch 0" in "".join(capsys.readouterr())
 
 

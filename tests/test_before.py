@@ -1,4 +1,5 @@
-"""What a version before wrote is read by this one: checkpoints, model folders, YAML files, run folders and command lines.
+"""What a version before wrote is read by this one: checkpoints, model folders, YAML files, run
+folders and command lines.
 
 The files stand in tests/before, beside the script that wrote them on 2026-11-30.
 """
@@ -30,23 +31,29 @@ def assert_said(model, name: str, expected: list[float]) -> None:
 @pytest.mark.parametrize("name, when", CHECKPOINTS)
 def test_a_checkpoint_loads_to_the_same_outputs(name, when):
     cls = ImageClassifier if name == "classifier" else MODELS[name]
-    assert_said(cls.load_from_checkpoint(BEFORE / f"{name}_{when}.ckpt"), name, EXPECTED[name]["answers"][when])
+    assert_said(cls.load_from_checkpoint(BEFORE / f"{name}_{when}.ckpt"), name,
+                EXPECTED[name]["answers"][when])
 
 
 @pytest.mark.parametrize("name, when", CHECKPOINTS)
 def test_a_checkpoint_is_trained_to_the_end(name, when, tmp_path):
-    "After two epochs of four, or two batches later: as many steps as an unbroken run, its rates, and one history."
-    trainer, model = AutoTrainer(EPOCHS, default_root_dir=str(tmp_path), seed=0, **QUIET), MODELS[name]()
+    """After two epochs of four, or two batches later: as many steps as an unbroken run, its rates,
+    and one history."""
+    trainer, model = AutoTrainer(EPOCHS, default_root_dir=str(tmp_path), seed=0,
+                                 **QUIET), MODELS[name]()
     trainer.fit(model, **data_of(name, tmp_path), ckpt_path=BEFORE / f"{name}_{when}.ckpt")
     assert (trainer.current_epoch, trainer.global_step) == (EPOCHS, EPOCHS * STEPS)
     whole = EXPECTED[name]["history"]
-    assert [(o["epoch"], o["step"]) for o in trainer.history] == [(o["epoch"], o["step"]) for o in whole]
+    assert [(o["epoch"], o["step"]) for o in trainer.history] == [(o["epoch"], o["step"])
+                                                                  for o in whole]
     assert trainer.history[:2] == whole[:2] and trainer.history[2].keys() == whole[2].keys()
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(EXPECTED[name]["lr"], abs=1e-9)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(EXPECTED[name]["lr"],
+                                                                        abs=1e-9)
     assert Path(trainer.last_model_path).is_file() and Path(trainer.best_model_path).is_file()
 
 
-@pytest.mark.parametrize("name, cls", [("folder", ImageClassifier), ("detector", ObjectDetector), ("run", ImageClassifier)])
+@pytest.mark.parametrize("name, cls", [("folder", ImageClassifier), ("detector", ObjectDetector),
+                                       ("run", ImageClassifier)])
 def test_a_model_folder_loads_to_the_same_outputs(name, cls):
     folder = BEFORE / (name if name != "run" else "run/model")
     model = load_pretrained(folder)
@@ -60,7 +67,8 @@ def test_a_model_folder_predicts_and_loads_in_timm_and_transformers(tmp_path):
     found = ImageClassifier.from_pretrained(BEFORE / "folder").predict(images)
     assert len(found) == 6 and {o.label for o in found} <= set(CLASSES)
     import timm
-    assert_said(timm.create_model(f"local-dir:{BEFORE / 'folder'}", pretrained=True), "folder", EXPECTED["folder"]["answers"])
+    assert_said(timm.create_model(f"local-dir:{BEFORE / 'folder'}", pretrained=True),
+                "folder", EXPECTED["folder"]["answers"])
     from transformers import AutoModelForImageClassification
     model = AutoModelForImageClassification.from_pretrained(BEFORE / "folder")
     assert list(model.config.id2label.values()) == CLASSES
@@ -98,7 +106,8 @@ def test_a_yaml_file_is_read_as_it_was(path, capsys):
     printed, stated = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text())
     for part in ("trainer", "data"):
         assert {k: printed[part][k] for k in stated[part]} == stated[part]
-    plain = {k: v for k, v in stated["model"].items() if not isinstance(v, (dict, list)) and k not in ("class_path", "backbone")}
+    plain = {k: v for k, v in stated["model"].items() if not isinstance(v, (dict, list))
+             and k not in ("class_path", "backbone")}
     assert {k: printed["model"][k] for k in plain} == plain
 
 
@@ -106,11 +115,15 @@ def test_a_yaml_file_is_read_as_it_was(path, capsys):
 def test_a_class_path_of_a_yaml_file_is_understood(name, tmp_path, capsys):
     "`autotimm.backbones` was one module when such files were written."
     backbone = {"class_path": name, "init_args": {"model_name": "test_vit", "pretrained": False}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"task": "classification", "model": {"backbone": backbone}, "data": {"data_dir": "photos"}}))
-    with pytest.raises(SystemExit) as e: main(["fit", "--config", str(tmp_path / "run.yaml"), "--print_config"])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"task": "classification",
+                                                       "model": {"backbone": backbone},
+                                                       "data": {"data_dir": "photos"}}))
+    with pytest.raises(SystemExit) as e:
+        main(["fit", "--config", str(tmp_path / "run.yaml"), "--print_config"])
     assert e.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)["model"]["backbone"]
-    assert printed["class_path"].endswith(".BackboneConfig") and printed["init_args"].items() >= backbone["init_args"].items()
+    assert (printed["class_path"].endswith(".BackboneConfig")
+            and printed["init_args"].items() >= backbone["init_args"].items())
 
 
 def lines(part: str) -> list[str]:
@@ -146,5 +159,8 @@ def test_a_line_is_understood(line):
 
 
 def test_lines_on_a_run_do_what_they_say(here, capsys):
-    for line in lines("run"): assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
-    for name in ("found.csv", "found.json", "first.png", "measured.json", "folder/config.json", "back.ckpt"): assert Path(name).stat().st_size, name
+    for line in lines("run"):
+        assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
+    for name in ("found.csv", "found.json", "first.png", "measured.json", "folder/config.json",
+                 "back.ckpt"):
+        assert Path(name).stat().st_size, name

@@ -1,4 +1,5 @@
-"""What the classifier's notebook cannot hold: every optimiser and schedule, compiling, DDP, pictures in loggers, no network."""
+"""What the classifier's notebook cannot hold: every optimiser and schedule, compiling, DDP,
+pictures in loggers, no network."""
 import os
 import socket
 import subprocess
@@ -12,16 +13,19 @@ import torch
 from small_models import tells_nothing_of_the_machine
 from torch.utils.data import DataLoader, TensorDataset
 
-from autotimm import (BackboneConfig, ImageClassifier, LoggingConfig, MetricConfig, list_optimizers, list_schedulers)
+from autotimm import (BackboneConfig, ImageClassifier, LoggingConfig, MetricConfig,
+                      list_optimizers, list_schedulers)
 from autotimm.testing import make_shapes
 
-QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False,
+             enable_model_summary=False, accelerator="cpu")
 SMALL = BackboneConfig("test_resnet", pretrained=False)
 
 
 def shapes(n: int = 16, seed: int = 0) -> DataLoader:
     scenes = make_shapes(n, image_size=32, max_objects=1, seed=seed)
-    x = torch.stack([torch.from_numpy(o.image).permute(2, 0, 1).float() / 127.5 - 1 for o in scenes])
+    x = torch.stack([torch.from_numpy(o.image).permute(2, 0, 1).float() / 127.5 - 1
+                     for o in scenes])
     return DataLoader(TensorDataset(x, torch.tensor([int(o.label) for o in scenes])), batch_size=8)
 
 
@@ -49,7 +53,8 @@ def test_every_listed_schedule_trains(name):
     model = classifier(scheduler=name, scheduler_kwargs=kwargs)
     trainer = pl.Trainer(max_epochs=2, **QUIET)
     trainer.fit(model, shapes())
-    assert trainer.global_step == 4 and all(g["lr"] >= 0 for g in trainer.optimizers[0].param_groups)
+    assert trainer.global_step == 4 and all(g["lr"] >= 0
+                                            for g in trainer.optimizers[0].param_groups)
 
 
 def test_plateau_without_its_metric_is_a_clear_error():
@@ -85,22 +90,26 @@ def test_a_compiled_model_saves_plain_names(tmp_path):
     assert not any("_orig_mod" in k for k in state)
     x = torch.randn(2, 3, 32, 32)
     again = ImageClassifier.load_from_checkpoint(tmp_path / "c.ckpt", compile_model=False)
-    with torch.no_grad(): torch.testing.assert_close(again(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     grads = []
     for grad_checkpointing in (False, True):
-        model = ImageClassifier(BackboneConfig("test_vit", pretrained=False), 3, image_size=32, seed=0,
+        model = ImageClassifier(BackboneConfig("test_vit", pretrained=False), 3, image_size=32,
+                                seed=0,
                                 grad_checkpointing=grad_checkpointing)
         x, y = next(iter(shapes()))
         torch.nn.functional.cross_entropy(model(x), y).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()
+                                if p.grad is not None]))
     torch.testing.assert_close(*grads)
 
 
 def test_a_loaded_model_goes_on_in_training_mode(tmp_path):
-    "`load_from_checkpoint` gives eval mode; fitting it trains, BatchNorm included, but for what is frozen."
+    """`load_from_checkpoint` gives eval mode; fitting it trains, BatchNorm included, but for what
+    is frozen."""
     trainer = pl.Trainer(max_epochs=1, **QUIET)
     trainer.fit(classifier(), shapes())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -111,7 +120,8 @@ def test_a_loaded_model_goes_on_in_training_mode(tmp_path):
         seen = []
         class Look(pl.Callback):
             def on_train_batch_start(self, trainer, module, batch, batch_idx):
-                norms = [o.training for o in module.backbone.modules() if isinstance(o, torch.nn.BatchNorm2d)]
+                norms = [o.training for o in module.backbone.modules()
+                         if isinstance(o, torch.nn.BatchNorm2d)]
                 assert len(set(norms)) == 1
                 seen.append((module.training, module.backbone.training, norms[0]))
         pl.Trainer(max_epochs=2, callbacks=[Look()], **QUIET).fit(model, shapes(), shapes())
@@ -151,39 +161,47 @@ def test_resuming_with_another_number_of_classes_is_an_error(tmp_path):
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     other = ImageClassifier(SMALL, 4, image_size=32)
     with pytest.raises(ValueError, match="3 classes where the model has 4"):
-        pl.Trainer(max_epochs=2, **QUIET).fit(other, shapes(), ckpt_path=tmp_path / "m.ckpt", weights_only=True)
+        pl.Trainer(max_epochs=2, **QUIET).fit(other, shapes(), ckpt_path=tmp_path / "m.ckpt",
+                                              weights_only=True)
 
 
 def test_the_average_is_what_is_saved(tmp_path):
     model = classifier(ema_decay=0.5, scheduler=None)
-    trainer = pl.Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    trainer = pl.Trainer(max_epochs=2, logger=False, enable_progress_bar=False,
+                         enable_model_summary=False, accelerator="cpu",
                          default_root_dir=tmp_path)
     trainer.fit(model, shapes())
     file, = tmp_path.rglob("*.ckpt")
     averaged = ImageClassifier.load_from_checkpoint(file)
     torch.testing.assert_close(weights(averaged), weights(model))
     held = torch.load(file, weights_only=True)
-    assert not torch.equal(held["state_dict"]["head.fc.weight"], held["current_model_state"]["head.fc.weight"])
+    assert not torch.equal(held["state_dict"]["head.fc.weight"],
+                           held["current_model_state"]["head.fc.weight"])
 
 
 def test_pictures_reach_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    config = LoggingConfig(log_learning_rate=True, log_gradient_norm=True, log_weight_norm=True, log_confusion_matrix=True,
+    config = LoggingConfig(log_learning_rate=True, log_gradient_norm=True, log_weight_norm=True,
+                           log_confusion_matrix=True,
                            log_predictions=True, predictions_per_epoch=4)
-    trainer = pl.Trainer(max_epochs=1, logger=pl.loggers.TensorBoardLogger(tmp_path), enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", log_every_n_steps=1)
+    trainer = pl.Trainer(max_epochs=1, logger=pl.loggers.TensorBoardLogger(tmp_path),
+                         enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False,
+                         accelerator="cpu", log_every_n_steps=1)
     trainer.fit(classifier(logging_config=config), shapes(), shapes(seed=1))
     events = EventAccumulator(trainer.logger.log_dir)
     events.Reload()
     assert {"val/confusion_matrix", "val/predictions"} <= set(events.Tags()["images"])
-    assert {"train/lr", "train/grad_norm", "train/weight_norm", "val/accuracy"} <= set(events.Tags()["scalars"])
+    assert {"train/lr", "train/grad_norm", "train/weight_norm",
+            "val/accuracy"} <= set(events.Tags()["scalars"])
 
 
 def test_metrics_equal_torchmetrics_on_the_whole_set():
     import torchmetrics
     names = dict(accuracy="Accuracy", f1="F1Score", auroc="AUROC", ece="CalibrationError")
-    model = classifier(metrics=[MetricConfig(k, "torchmetrics", v, {}, ["val"]) for k, v in names.items()])
+    model = classifier(metrics=[MetricConfig(k, "torchmetrics", v, {}, ["val"])
+                                for k, v in names.items()])
     loader = shapes(24, seed=3)
     found = pl.Trainer(**QUIET).validate(model, loader, verbose=False)[0]
     x, y = loader.dataset.tensors
@@ -191,7 +209,8 @@ def test_metrics_equal_torchmetrics_on_the_whole_set():
     for key, name in names.items():
         expected = getattr(torchmetrics, name)(task="multiclass", num_classes=3)(probabilities, y)
         assert found[f"val/{key}"] == pytest.approx(float(expected), abs=1e-6)
-    assert found["val/loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(probabilities.log(), y)), abs=1e-5)
+    assert (found["val/loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(probabilities.log(), y)), abs=1e-5))
 
 
 @pytest.mark.parametrize("classes, images", [(1, 4), (2, 1), (2, 2)])
@@ -207,7 +226,8 @@ def test_few_classes_and_few_images_train(classes, images):
 
 
 def test_thawing_keeps_two_processes_equal(tmp_path):
-    "Under DDP the gradients of a thawed backbone are synchronised: both processes end with the same weights."
+    """Under DDP the gradients of a thawed backbone are synchronised: both processes end with the
+    same weights."""
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent("""
         import sys, torch, pytorch_lightning as pl
@@ -225,7 +245,8 @@ def test_thawing_keeps_two_processes_equal(tmp_path):
         if trainer.is_global_zero:
             print("equal", torch.equal(all_of_them[0], all_of_them[1]), "moved", not torch.equal(mine, start))
     """))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, cwd=tmp_path,
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
+                          timeout=240, cwd=tmp_path,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "equal True moved True" in done.stdout

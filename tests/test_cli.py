@@ -25,7 +25,8 @@ def place(tmp_path_factory):
     "A folder to work in, with a data set of each kind."
     from autotimm.testing import write_coco, write_folders, write_masks, write_multilabel_csv
     root = tmp_path_factory.mktemp("cli")
-    write_folders(root / "photos", splits=dict(train=18, val=6, test=6), image_size=32, max_objects=1)
+    write_folders(root / "photos", splits=dict(train=18, val=6, test=6), image_size=32,
+                  max_objects=1)
     write_multilabel_csv(root / "tags", splits=dict(train=12, val=6, test=6), image_size=32)
     write_masks(root / "masks", splits=dict(train=4, val=3), image_size=64)
     write_coco(root / "coco", splits=dict(train2017=4, val2017=3), image_size=64)
@@ -44,21 +45,26 @@ def run(place):
     "A run of two epochs on photos."
     before = os.getcwd()
     os.chdir(place)
-    try: assert main(["fit", "--data", "photos", "--out", "runs/first", *SMALL, "--epochs", "2"]) == 0
+    try:
+        assert (main(["fit", "--data", "photos", "--out", "runs/first", *SMALL, "--epochs", "2"])
+                == 0)
     finally: os.chdir(before)
     return place / "runs/first"
 
 
 def test_a_run_folder_says_all_about_a_run(run, here):
     there = {o.relative_to(run).as_posix() for o in run.rglob("*") if o.is_file()}
-    assert {"config.yaml", "run.json", "history.csv", "history.json", "curves.png", "report.html", "model/config.json",
+    assert {"config.yaml", "run.json", "history.csv", "history.json", "curves.png",
+            "report.html", "model/config.json",
             "model/model.safetensors", "checkpoints/version_0/last.ckpt"} <= there
     noted = json.loads((run / "run.json").read_text())
-    assert (run / noted["best"]).is_file() and set(noted["metrics"]) == {"val/loss", "val/accuracy", "test/loss", "test/accuracy"}
+    assert ((run / noted["best"]).is_file() and set(noted["metrics"])
+            == {"val/loss", "val/accuracy", "test/loss", "test/accuracy"})
     rows = list(csv.DictReader((run / "history.csv").open()))
     assert [o["epoch"] for o in rows] == ["0", "1"]
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["data"]["data_dir"] == "photos" and config["model"]["backbone"] == {"model_name": "test_resnet", "pretrained": False}
+    assert (config["data"]["data_dir"] == "photos"
+            and config["model"]["backbone"] == {"model_name": "test_resnet", "pretrained": False})
 
 
 def test_nothing_saved_names_this_machine(run, here):
@@ -68,21 +74,26 @@ def test_nothing_saved_names_this_machine(run, here):
         if not path.is_file(): continue
         content = path.read_bytes()
         if path.suffix == ".ckpt":
-            with zipfile.ZipFile(path) as file: content = b"".join(file.read(o) for o in file.namelist() if not re.search(r"/data/\d+$", o))
-        assert str(here).encode() not in content and os.path.expanduser("~").encode() + b"/" not in content, path
+            with zipfile.ZipFile(path) as file:
+                content = b"".join(file.read(o) for o in file.namelist()
+                                   if not re.search(r"/data/\d+$", o))
+        assert str(here).encode() not in content and os.path.expanduser(
+            "~").encode() + b"/" not in content, path
         if len(getpass.getuser()) > 5: assert getpass.getuser().encode() not in content, path
 
 
 def test_absolute_paths_become_portable(here):
     assert main(["fit", "--data", str(here / "photos"), "--out", "runs/absolute", *SMALL]) == 0
-    assert yaml.safe_load(Path("runs/absolute/config.yaml").read_text())["data"]["data_dir"] == "photos"
+    assert (yaml.safe_load(Path("runs/absolute/config.yaml").read_text())["data"]["data_dir"]
+            == "photos")
 
 
 def test_the_saved_configuration_runs_to_the_same_result(run, here):
     assert main(["fit", "--config", str(run / "config.yaml"), "--out", "runs/again"]) == 0
     noted = [json.loads((o / "run.json").read_text())["metrics"] for o in (run, Path("runs/again"))]
     assert noted[0] == noted[1]
-    states = [torch.load(next((o / "checkpoints/version_0").glob("best-*.ckpt")), weights_only=True)["state_dict"] for o in (run, Path("runs/again"))]
+    states = [torch.load(next((o / "checkpoints/version_0").glob("best-*.ckpt")),
+                         weights_only=True)["state_dict"] for o in (run, Path("runs/again"))]
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
@@ -90,7 +101,8 @@ def test_the_model_folder_is_the_best_checkpoint(run, here):
     from autotimm import ImageClassifier
     from autotimm.hub import load_pretrained
     x = torch.rand(2, 3, 32, 32)
-    best = ImageClassifier.load_from_checkpoint(run / json.loads((run / "run.json").read_text())["best"])
+    best = ImageClassifier.load_from_checkpoint(
+        run / json.loads((run / "run.json").read_text())["best"])
     torch.testing.assert_close(load_pretrained(run / "model")(x), best(x))
 
 
@@ -120,8 +132,10 @@ def test_a_run_goes_on(here):
 def test_validate_and_test_of_a_run(run, here, capsys):
     noted = json.loads((run / "run.json").read_text())["metrics"]
     assert main(["test", str(run), "--json", "test.json", "--report", "test.html"]) == 0
-    assert json.loads(Path("test.json").read_text()) == {k: v for k, v in noted.items() if k.startswith("test/")}
-    assert "Confusion" in Path("test.html").read_text() and "test/accuracy" in capsys.readouterr().out
+    assert json.loads(Path("test.json").read_text()) == {k: v for k, v in noted.items()
+                                                         if k.startswith("test/")}
+    assert ("Confusion" in Path("test.html").read_text()
+            and "test/accuracy" in capsys.readouterr().out)
     assert main(["validate", str(run), "--ckpt", "last", "--json", "val.json"]) == 0
     assert set(json.loads(Path("val.json").read_text())) == {"val/loss", "val/accuracy"}
     assert main(["test", "photos"]) == 1 and "not a run folder" in capsys.readouterr().err
@@ -130,7 +144,8 @@ def test_validate_and_test_of_a_run(run, here, capsys):
 
 def test_other_classes_are_refused(run, here, capsys):
     from autotimm.testing import write_folders
-    folder = write_folders("renamed", splits=dict(train=9, val=6, test=6), image_size=32, max_objects=1)
+    folder = write_folders("renamed", splits=dict(train=9, val=6, test=6), image_size=32,
+                           max_objects=1)
     for path in folder.glob("*/circle"): path.rename(path.with_name("zebra"))
     assert main(["test", str(run), "--data", "renamed"]) == 1
     assert "trained on 3 classes (circle, square, triangle)" in capsys.readouterr().err
@@ -140,9 +155,12 @@ TRIALS = {
     "classification": ["--data", "photos", *SMALL],
     "multilabel": ["--data", "tags", *SMALL],
     "segmentation": ["--data", "masks", *SMALL, "--image-size", "32", "--batch-size", "2"],
-    "detection": ["--data", "coco", *SMALL, "--image-size", "32", "--batch-size", "2", "--model.fpn_channels", "16", "--model.head_num_convs", "1"],
-    "yolox": ["--data", "coco", *TINY, "--backbone", "yolox-nano", "--image-size", "64", "--batch-size", "2", "--trainer.check_val_every_n_epoch", "1"],
-    "instance_segmentation": ["--data", "coco", *SMALL, "--image-size", "32", "--batch-size", "2", "--model.fpn_channels", "16", "--model.head_num_convs", "1"],
+    "detection": ["--data", "coco", *SMALL, "--image-size", "32", "--batch-size", "2",
+                  "--model.fpn_channels", "16", "--model.head_num_convs", "1"],
+    "yolox": ["--data", "coco", *TINY, "--backbone", "yolox-nano", "--image-size", "64",
+              "--batch-size", "2", "--trainer.check_val_every_n_epoch", "1"],
+    "instance_segmentation": ["--data", "coco", *SMALL, "--image-size", "32", "--batch-size",
+                              "2", "--model.fpn_channels", "16", "--model.head_num_convs", "1"],
     "transformers_backbone": ["--data", "photos", *TINY],
     "own_module": ["--data", "photos", *TINY],
 }
@@ -155,7 +173,8 @@ def test_every_example_has_a_trial():
 @pytest.mark.parametrize("name", TRIALS)
 def test_example(name, here, capsys):
     out = Path("runs") / name
-    assert main(["fit", "--config", str(EXAMPLES / f"{name}.yaml"), "--out", str(out), *TRIALS[name]]) == 0, capsys.readouterr().err
+    assert main(["fit", "--config", str(EXAMPLES / f"{name}.yaml"), "--out", str(out),
+                 *TRIALS[name]]) == 0, capsys.readouterr().err
     page = (out / "report.html").read_text()
     assert "<script" not in page and len(page) < 2e6
     metrics = json.loads((out / "run.json").read_text())["metrics"]
@@ -164,15 +183,21 @@ def test_example(name, here, capsys):
     stated = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     assert yaml.safe_load((out / "config.yaml").read_text())["task"] == stated["task"]
     if name == "own_module": return
-    images = {"photos": "photos/test/circle", "tags": "tags/images", "masks": "masks/images/val", "coco": "coco/val2017"}[TRIALS[name][1]]
-    assert main(["predict", images, "--model", str(out), "--json", f"{name}.json", "--csv", f"{name}.csv", "--device", "cpu"]) == 0, capsys.readouterr().err
-    assert len(json.loads(Path(f"{name}.json").read_text())["results"]) == len(list(Path(images).iterdir()))
+    images = {"photos": "photos/test/circle", "tags": "tags/images", "masks": "masks/images/val",
+              "coco": "coco/val2017"}[TRIALS[name][1]]
+    assert main(["predict", images, "--model", str(out), "--json", f"{name}.json", "--csv",
+                 f"{name}.csv", "--device", "cpu"]) == 0, capsys.readouterr().err
+    assert (len(json.loads(Path(f"{name}.json").read_text())["results"])
+            == len(list(Path(images).iterdir())))
     if name == "segmentation":
-        assert main(["predict", images, "--model", str(out), "--masks", "said", "--device", "cpu"]) == 0
-        assert sorted(o.stem for o in Path("said").iterdir()) == sorted(o.stem for o in Path(images).iterdir())
+        assert (main(["predict", images, "--model", str(out), "--masks", "said", "--device", "cpu"])
+                == 0)
+        assert (sorted(o.stem for o in Path("said").iterdir())
+                == sorted(o.stem for o in Path(images).iterdir()))
     if name not in ("classification", "yolox"): return
     assert main(["validate", str(out), "--json", "again.json"]) == 0
-    assert json.loads(Path("again.json").read_text())["val/loss"] == pytest.approx(metrics["val/loss"], rel=1e-5)
+    assert (json.loads(Path("again.json").read_text())["val/loss"]
+            == pytest.approx(metrics["val/loss"], rel=1e-5))
 
 
 def test_reports_escape_what_the_data_says(here):
@@ -180,7 +205,8 @@ def test_reports_escape_what_the_data_says(here):
     folder = write_folders("hostile", splits=dict(train=9, val=6), image_size=32, max_objects=1)
     for path in folder.glob("*/circle"): path.rename(path.with_name("<img src=x onerror=alert(1)>"))
     next(iter((folder / "val").glob("square/*"))).write_bytes(b"no image")
-    assert main(["fit", "--data", "hostile", "--out", "runs/hostile", *SMALL, "--data.on_bad_image", "report"]) == 0
+    assert (main(["fit", "--data", "hostile", "--out", "runs/hostile", *SMALL,
+                  "--data.on_bad_image", "report"]) == 0)
     page = Path("runs/hostile/report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
     assert "Bad images" in page and str(here) not in page
@@ -189,17 +215,21 @@ def test_reports_escape_what_the_data_says(here):
 
 def test_predict(run, here, capsys):
     Path("mixed").mkdir()
-    for path in list(Path("photos/test/circle").iterdir())[:2]: (Path("mixed") / path.name).write_bytes(path.read_bytes())
+    for path in list(Path("photos/test/circle").iterdir())[:2]:
+        (Path("mixed") / path.name).write_bytes(path.read_bytes())
     Path("mixed/broken.png").write_bytes(b"no image")
-    assert main(["predict", "mixed", "--model", str(run / "model"), "--csv", "out.csv", "--top-k", "2", "--device", "cpu"]) == 0
+    assert (main(["predict", "mixed", "--model", str(run / "model"), "--csv", "out.csv",
+                  "--top-k", "2", "--device", "cpu"]) == 0)
     said = capsys.readouterr()
     assert "broken.png" in said.err and "out.csv: 2 images" in said.out
     rows = list(csv.DictReader(open("out.csv")))
-    assert [o["label"] != "" for o in rows] == [True, True, False] and {"name", "label", "score", "label_2", "score_2"} <= set(rows[0])
+    assert ([o["label"] != "" for o in rows] == [True, True, False]
+            and {"name", "label", "score", "label_2", "score_2"} <= set(rows[0]))
     assert main(["predict", "mixed", "--model", str(run), "--on-bad-image", "raise"]) == 1
     assert "broken.png" in capsys.readouterr().err
     checkpoint = str(run / "checkpoints/version_0/last.ckpt")
-    assert main(["predict", "photos/test/circle", "photos/test/square", "--model", checkpoint, "--tta", "flip", "--plot", "out.png"]) == 0
+    assert (main(["predict", "photos/test/circle", "photos/test/square", "--model",
+                  checkpoint, "--tta", "flip", "--plot", "out.png"]) == 0)
     assert "circle" in capsys.readouterr().out and Path("out.png").stat().st_size > 1000
     assert main(["predict", "photos/test", "--model", str(run), "--coco", "out.json"]) == 1
     assert "--coco is for detection, instance_segmentation, segmentation" in capsys.readouterr().err
@@ -211,17 +241,21 @@ def test_export_and_predict_from_onnx(run, here, capsys):
     pytest.importorskip("onnxruntime")
     assert main(["export", str(run), "--out", "net.onnx", "--postprocess"]) == 0
     for model, file in ((str(run), "torch.csv"), ("net.onnx", "onnx.csv")):
-        assert main(["predict", "photos/test/*/*", "--model", model, "--csv", file]) == 0, capsys.readouterr().err
+        assert main(["predict", "photos/test/*/*", "--model", model, "--csv",
+                     file]) == 0, capsys.readouterr().err
     rows = [list(csv.DictReader(open(o))) for o in ("torch.csv", "onnx.csv")]
     assert [o["label"] for o in rows[0]] == [o["label"] for o in rows[1]]
     assert main(["export", str(run), "--out", "net.pt", "--postprocess"]) == 0
     assert torch.jit.load("net.pt")(torch.zeros(1, 3, 32, 32)).sum().item() == pytest.approx(1)
     for how in ("static", "dynamic"):
-        assert main(["export", str(run), "--out", f"{how}.onnx", "--int8", how, "--data", "photos/test"]) == 0, capsys.readouterr().err
+        assert main(["export", str(run), "--out", f"{how}.onnx", "--int8", how, "--data",
+                     "photos/test"]) == 0, capsys.readouterr().err
         assert "accuracy" in capsys.readouterr().out and Path(f"{how}.onnx").is_file()
-    assert main(["export", str(run), "--out", "net.bin"]) == 1 and "--format" in capsys.readouterr().err
+    assert (main(["export", str(run), "--out", "net.bin"]) == 1
+            and "--format" in capsys.readouterr().err)
     assert main(["export", str(run), "--out", "net.pt", "--opset", "17"]) == 1
-    assert main(["export", str(run), "--out", "int8.onnx", "--int8", "static"]) == 1 and "--data" in capsys.readouterr().err
+    assert (main(["export", str(run), "--out", "int8.onnx", "--int8", "static"]) == 1
+            and "--data" in capsys.readouterr().err)
 
 
 def test_convert_both_ways(run, here, capsys):
@@ -231,15 +265,18 @@ def test_convert_both_ways(run, here, capsys):
     from autotimm import ImageClassifier
     x = torch.rand(2, 3, 32, 32)
     models = [ImageClassifier.load_from_checkpoint(o) for o in (checkpoint, "back.ckpt")]
-    assert torch.equal(models[0](x), models[1](x)) and models[0].class_names == models[1].class_names
-    assert main(["convert", str(checkpoint), "folder"]) == 1 and "not overwritten" in capsys.readouterr().err
+    assert (torch.equal(models[0](x), models[1](x))
+            and models[0].class_names == models[1].class_names)
+    assert (main(["convert", str(checkpoint), "folder"]) == 1
+            and "not overwritten" in capsys.readouterr().err)
     assert main(["convert", "folder", "other"]) == 1 and ".ckpt" in capsys.readouterr().err
 
 
 def test_info(run, here, capsys):
     assert main(["info", str(run)]) == 0
     said = capsys.readouterr().out
-    assert "task: classification" in said and "circle, square, triangle" in said and "input_size: 3, 32, 32" in said and "test/accuracy" in said
+    assert ("task: classification" in said and "circle, square, triangle" in said
+            and "input_size: 3, 32, 32" in said and "test/accuracy" in said)
     assert main(["info", str(run / "checkpoints/version_0/last.ckpt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["classes"] == 3
 
@@ -252,19 +289,22 @@ def test_push(run, here, capsys):
         assert "someone/shapes" in capsys.readouterr().out
         assert load_pretrained("someone/shapes").class_names == ["circle", "square", "triangle"]
         assert main(["info", "someone/shapes"]) == 0
-    assert main(["push", "photos", "someone/photos"]) == 1 and "no folder that save_pretrained wrote" in capsys.readouterr().err
+    assert (main(["push", "photos", "someone/photos"]) == 1
+            and "no folder that save_pretrained wrote" in capsys.readouterr().err)
 
 
 def test_backbones(capsys):
     assert main(["backbones", "resnet18*", "--pretrained"]) == 0
     assert "resnet18" in capsys.readouterr().out
-    assert main(["backbones", "resnet_eighteen"]) == 1 and "'*resnet_eighteen*'" in capsys.readouterr().err
+    assert (main(["backbones", "resnet_eighteen"]) == 1
+            and "'*resnet_eighteen*'" in capsys.readouterr().err)
 
 
 def test_serve_hands_the_model_on(run, here, monkeypatch):
     import autotimm.serve.app
     calls = []
-    monkeypatch.setattr(autotimm.serve.app, "serve", lambda model, **how: calls.append((model.class_names, how)))
+    monkeypatch.setattr(autotimm.serve.app, "serve",
+                        lambda model, **how: calls.append((model.class_names, how)))
     assert main(["serve", str(run), "--port", "0"]) == 0
     assert calls == [(["circle", "square", "triangle"], {"host": "127.0.0.1", "port": 0})]
 
@@ -272,12 +312,18 @@ def test_serve_hands_the_model_on(run, here, monkeypatch):
 WRONG = {
     "no data there": (["fit", "--data", "nowhere", "--backbone", "resnet18"], 1, "no such folder"),
     "no backbone": (["fit", "--data", "photos"], 2, "model.backbone"),
-    "unknown option": (["fit", "--data", "photos", "--backbone", "resnet18", "--epoch", "1"], 2, "--epoch"),
-    "unknown key": (["fit", "--data", "photos", "--config", "key.yaml"], 2, "'data_dirr'. autotimm fit --help"),
-    "unknown task": (["fit", "--task", "segmentaton", "--data", "photos", "--backbone", "resnet18"], 1, "Did you mean 'segmentation'"),
-    "unknown backbone": (["fit", "--data", "photos", "--no-pretrained", "--backbone", "resnet81"], 1, "Did you mean 'resnet18'"),
-    "bad value": (["fit", "--data", "photos", "--backbone", "test_resnet", "--no-pretrained", "--lr", "-1"], 1, "lr must be"),
-    "bad type": (["fit", "--data", "photos", "--backbone", "test_resnet", "--epochs", "many"], 2, "max_epochs"),
+    "unknown option": (["fit", "--data", "photos", "--backbone", "resnet18", "--epoch", "1"],
+                       2, "--epoch"),
+    "unknown key": (["fit", "--data", "photos", "--config", "key.yaml"], 2,
+                    "'data_dirr'. autotimm fit --help"),
+    "unknown task": (["fit", "--task", "segmentaton", "--data", "photos", "--backbone", "resnet18"],
+                     1, "Did you mean 'segmentation'"),
+    "unknown backbone": (["fit", "--data", "photos", "--no-pretrained", "--backbone", "resnet81"],
+                         1, "Did you mean 'resnet18'"),
+    "bad value": (["fit", "--data", "photos", "--backbone", "test_resnet", "--no-pretrained",
+                   "--lr", "-1"], 1, "lr must be"),
+    "bad type": (["fit", "--data", "photos", "--backbone", "test_resnet", "--epochs", "many"],
+                 2, "max_epochs"),
     "no such file": (["fit", "--config", "none.yaml"], 1, "no such file"),
     "two folders": (["fit", "--out", "a", "--resume", "b"], 1, "give one"),
     "nothing to resume": (["fit", "--resume", "photos"], 1, "config.yaml"),
@@ -300,18 +346,22 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(here, capsys):
     folder = write_folders("damaged", splits=dict(train=6, val=3), image_size=32, max_objects=1)
     next(iter((folder / "train").glob("square/*"))).write_bytes(b"no image")
     for workers in "02":
-        assert main(["fit", "--data", "damaged", "--out", "runs/failed", *SMALL, "--workers", workers]) == 1
+        assert (main(["fit", "--data", "damaged", "--out", "runs/failed", *SMALL, "--workers",
+                      workers]) == 1)
         said = capsys.readouterr().err.strip()
-        assert "--data.on_bad_image=skip" in said and "Traceback" not in said and len(said.splitlines()) == 1 and not Path("runs/failed").exists(), said
+        assert "--data.on_bad_image=skip" in said and "Traceback" not in said and len(
+            said.splitlines()) == 1 and not Path("runs/failed").exists(), said
 
 
 def test_files_that_are_damaged_are_named(run, here, capsys):
     whole = (run / "checkpoints/version_0/last.ckpt").read_bytes()
     torch.save({"state_dict": {}}, "foreign.ckpt")
-    files = {"cut.ckpt": whole[:20_000], "text.ckpt": b"hi\n", "cut.yaml": b"data: {\n", "binary.yaml": b"\xff\xfe\0\1"}
+    files = {"cut.ckpt": whole[:20_000], "text.ckpt": b"hi\n", "cut.yaml": b"data: {\n",
+             "binary.yaml": b"\xff\xfe\0\1"}
     for name, content in files.items(): Path(name).write_bytes(content)
     for name in ("cut.ckpt", "text.ckpt", "foreign.ckpt", "none.ckpt"):
-        for argv in (["info", name], ["convert", name, "made"], ["validate", str(run), "--ckpt", name]):
+        for argv in (["info", name], ["convert", name, "made"],
+                     ["validate", str(run), "--ckpt", name]):
             assert main(argv) == 1
             said = capsys.readouterr().err.strip()
             assert name in said and len(said.splitlines()) == 1 and not Path("made").exists(), said
@@ -323,13 +373,16 @@ def test_files_that_are_damaged_are_named(run, here, capsys):
 
 def test_nothing_predicted_is_a_failure(run, here, capsys):
     assert main(["predict", "nowhere", "--model", str(run), "--device", "cpu"]) == 1
-    assert "None of the images could be read. nowhere: the file does not exist." in capsys.readouterr().err
+    assert (
+        "None of the images could be read. nowhere: the file does not exist." in capsys.readouterr().err)
 
 
 def test_the_card_says_each_setting_once_and_names_the_data(run):
     card = (run / "model/README.md").read_text().replace("\\", "")
     assert "Trained on: photos." in card
-    names = [o.split("|")[1].strip().replace("_", " ") for o in card[card.index("## Training"):card.index("## Classes")].splitlines() if o.startswith("|")]
+    names = [o.split("|")[1].strip().replace("_", " ")
+             for o in card[card.index("## Training"):card.index("## Classes")].splitlines()
+             if o.startswith("|")]
     assert len(names) == len(set(names)) and "weight decay" in names and "epochs" in names
 
 
@@ -352,13 +405,17 @@ def test_offline_names_no_pretrained_at_once(here, monkeypatch, capsys):
 
 
 def test_print_config_and_help(here, capsys):
-    with pytest.raises(SystemExit) as e: main(["fit", "--config", str(EXAMPLES / "detection.yaml"), "--print_config"])
+    with pytest.raises(SystemExit) as e:
+        main(["fit", "--config", str(EXAMPLES / "detection.yaml"), "--print_config"])
     assert e.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["image_size"] == 640 and printed["data"]["on_problem"] == "report" and printed["trainer"]["max_epochs"] == 24
+    assert (printed["model"]["image_size"] == 640 and printed["data"]["on_problem"] == "report"
+            and printed["trainer"]["max_epochs"] == 24)
     with pytest.raises(SystemExit): main(["fit", "--task", "yolox", "--help"])
     said = capsys.readouterr().out
-    for option in ("--no-pretrained", "--trainer.precision", "--model.no_aug_epochs", "--data.multi_scale", "--data.train_ann_file", "published size"): assert option in said
+    for option in ("--no-pretrained", "--trainer.precision", "--model.no_aug_epochs",
+                   "--data.multi_scale", "--data.train_ann_file", "published size"):
+        assert option in said
 
 
 # Processes
@@ -366,9 +423,12 @@ def test_print_config_and_help(here, capsys):
 def start(*argv: str, **how):
     "The command in a process of its own."
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    code = ["-c", "import sys; from autotimm.cli import main; sys.exit(main())"] if argv[0] != "-c" else []
-    # A shell that runs these tests in the background has them ignore Ctrl-C, and what they start would too.
-    return subprocess.Popen([sys.executable, *code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    code = (["-c", "import sys; from autotimm.cli import main; sys.exit(main())"]
+            if argv[0] != "-c" else [])
+    # A shell that runs these tests in the background has them ignore Ctrl-C, and what they start
+    # would too.
+    return subprocess.Popen([sys.executable, *code, *argv], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=environment,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **how)
 
 
@@ -393,11 +453,13 @@ assert not heavy, heavy
 
 
 def test_ctrl_c_keeps_the_last_epoch(here):
-    process = start("fit", "--data", "photos", "--out", "runs/stopped", *SMALL, "--epochs", "10000", cwd=here)
+    process = start("fit", "--data", "photos", "--out", "runs/stopped", *SMALL, "--epochs",
+                    "10000", cwd=here)
     last = here / "runs/stopped/checkpoints/version_0/last.ckpt"
     deadline = time.monotonic() + 90
     try:
-        while not last.exists() and time.monotonic() < deadline and process.poll() is None: time.sleep(0.2)
+        while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally: process.kill()
@@ -405,7 +467,8 @@ def test_ctrl_c_keeps_the_last_epoch(here):
     assert "autotimm fit --resume runs/stopped" in err and "Traceback" not in err
     epochs = torch.load(last, weights_only=True)["epoch"] + 1
     assert main(["fit", "--resume", "runs/stopped", "--epochs", str(epochs + 1)]) == 0
-    assert [o["epoch"] for o in json.loads((here / "runs/stopped/history.json").read_text())][-1] >= epochs - 1
+    assert ([o["epoch"] for o in json.loads((here / "runs/stopped/history.json").read_text())][-1]
+            >= epochs - 1)
 
 
 def test_the_entry_point_and_its_exit_codes(here):

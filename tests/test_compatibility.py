@@ -1,4 +1,5 @@
-"""Eight backbone families in every task, more as classifiers, through benchmarks/compatibility.py, and bad input to it."""
+"""Eight backbone families in every task, more as classifiers, through benchmarks/compatibility.py,
+and bad input to it."""
 import importlib.util
 import subprocess
 import sys
@@ -15,14 +16,20 @@ compatibility = importlib.util.module_from_spec(spec)
 sys.modules["compatibility"] = compatibility
 spec.loader.exec_module(compatibility)
 
-# Small, and each of a kind: widened heads, NHWC maps, one stride, three levels, no drop path, distilled heads.
-FAMILIES = {"resnet": "test_resnet", "mobilenetv3": "lcnet_035", "convnext": "test_convnext", "vision_transformer": "test_vit",
-            "maxxvit": "test_coatnet", "mambaout": "test_mambaout", "nfnet": "test_nfnet", "byobnet": "test_byobnet",
-            "levit": "levit_128s", "repvit": "repvit_m1", "efficientvit_mit": "efficientvit_b0", "starnet": "starnet_s050"}
+# Small, and each of a kind: widened heads, NHWC maps, one stride, three levels, no drop path,
+# distilled heads.
+FAMILIES = {"resnet": "test_resnet", "mobilenetv3": "lcnet_035", "convnext": "test_convnext",
+            "vision_transformer": "test_vit",
+            "maxxvit": "test_coatnet", "mambaout": "test_mambaout", "nfnet": "test_nfnet",
+            "byobnet": "test_byobnet",
+            "levit": "levit_128s", "repvit": "repvit_m1", "efficientvit_mit": "efficientvit_b0",
+            "starnet": "starnet_s050"}
 
 
-# A CNN, NHWC maps, a plain ViT, three levels with biases kept in eval mode; one stride of 16 and of 14, windows, hierarchical.
-IN_EVERY_TASK = {"resnet", "mambaout", "vision_transformer", "levit", "ViT", "Dinov2", "Swin", "Segformer"}
+# A CNN, NHWC maps, a plain ViT, three levels with biases kept in eval mode; one stride of 16 and of
+# 14, windows, hierarchical.
+IN_EVERY_TASK = {"resnet", "mambaout", "vision_transformer", "levit", "ViT", "Dinov2",
+                 "Swin", "Segformer"}
 
 
 def check(library, family):
@@ -39,7 +46,8 @@ def test_timm_family(family, monkeypatch):
 
 
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
-@pytest.mark.parametrize("family", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "DINOv3ConvNext", "Swin", "Hiera", "ConvNext", "Segformer",
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters",
+                                    "DINOv3ConvNext", "Swin", "Hiera", "ConvNext", "Segformer",
                                     "SiglipVision", "CLIPVision", "MobileNetV2"])
 def test_transformers_class(family):
     check("transformers", family)
@@ -59,16 +67,22 @@ def test_a_parameter_without_a_gradient_is_noticed(name, backbones):
         compatibility.train(model, compatibility.batch(name, torch.randn(2, 3, 128, 128)))
 
 
-@pytest.mark.parametrize("wrong", [{"boxes": torch.tensor([[0.0, 0, 200, 50]])}, {"boxes": torch.tensor([[9.0, 9, 9, 20]])},
-                                   {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64),
-                                    "masks": torch.zeros(0, 64, 64, dtype=torch.bool)}, {"labels": torch.tensor([3])},
-                                   {"scores": torch.tensor([float("nan")])}, {"masks": torch.ones(1, 28, 28, dtype=torch.bool)}, {}])
+@pytest.mark.parametrize("wrong", [{"boxes": torch.tensor([[0.0, 0, 200, 50]])},
+                                   {"boxes": torch.tensor([[9.0, 9, 9, 20]])},
+                                   {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0),
+                                    "labels": torch.zeros(0, dtype=torch.int64),
+                                    "masks": torch.zeros(0, 64, 64, dtype=torch.bool)},
+                                   {"labels": torch.tensor([3])},
+                                   {"scores": torch.tensor([float("nan")])},
+                                   {"masks": torch.ones(1, 28, 28, dtype=torch.bool)}, {}])
 def test_a_wrong_prediction_is_noticed(wrong):
-    good = dict(boxes=torch.tensor([[1.0, 2, 60, 64]]), scores=torch.ones(1), labels=torch.tensor([2]), masks=torch.ones(1, 64, 64, dtype=torch.bool))
+    good = dict(boxes=torch.tensor([[1.0, 2, 60, 64]]), scores=torch.ones(1),
+                labels=torch.tensor([2]), masks=torch.ones(1, 64, 64, dtype=torch.bool))
 
     class Model:
         def predict(self, images): return [good, {**good, **wrong}]
-    found = lambda: compatibility.predict("instance segmentation", Model(), torch.zeros(2, 3, 64, 64))
+    found = lambda: compatibility.predict("instance segmentation", Model(),
+                                          torch.zeros(2, 3, 64, 64))
     if not wrong: assert len(found()) == 8
     else:
         with pytest.raises(ValueError, match="predictions"): found()
@@ -77,7 +91,8 @@ def test_a_wrong_prediction_is_noticed(wrong):
 def test_a_reloaded_model_that_differs_is_noticed(backbones, monkeypatch):
     found = iter([[torch.zeros(2)], [torch.ones(2)]])
     monkeypatch.setattr(compatibility, "predict", lambda *args: next(found))
-    assert compatibility.check_task("classification", backbones[0]) == "reloaded, it predicts something else"
+    assert compatibility.check_task("classification",
+                                    backbones[0]) == "reloaded, it predicts something else"
 
 
 def test_a_family_without_feature_maps_is_a_classifier_alone(monkeypatch):
@@ -85,7 +100,8 @@ def test_a_family_without_feature_maps_is_a_classifier_alone(monkeypatch):
     monkeypatch.setattr(compatibility, "smallest_model", FAMILIES.__getitem__)
     monkeypatch.setattr(compatibility, "build", lambda *args: (build(*args)[0], "it has none"))
     row = compatibility.check("timm", "resnet")
-    assert row.tasks == {**dict.fromkeys(compatibility.TASKS, "no feature maps"), "classification": "yes"}
+    assert row.tasks == {**dict.fromkeys(compatibility.TASKS, "no feature maps"),
+                         "classification": "yes"}
     assert (row.features, row.reason) == ("it has none", "")
 
 
@@ -96,9 +112,11 @@ def test_the_smallest_model_of_a_family():
 def test_a_failure_is_a_row(monkeypatch):
     monkeypatch.setattr(compatibility, "smallest_model", lambda family: "no_such_model")
     row = compatibility.check("timm", "resnet")
-    assert row.reason and "no_such_model" in compatibility.table([row]) and "0 of 1 timm" in compatibility.table([row])
+    assert (row.reason and "no_such_model" in compatibility.table([row])
+            and "0 of 1 timm" in compatibility.table([row]))
 
 
 def test_an_unknown_family_is_refused():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--family", "resnut"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(SCRIPT), "--family", "resnut"],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "unknown families: resnut" in done.stderr

@@ -11,7 +11,8 @@ from torch import distributed as dist
 from autotimm.losses import FCOSLoss, YOLOXLoss
 from autotimm.metrics import MetricManager, default_metrics
 
-COUNTS = [(12, 3), (5, 0), (0, 2), (8, 4), (9, 1), (3, 2), (20, 5)]     # found and true objects of each image
+# Found and true objects of each image
+COUNTS = [(12, 3), (5, 0), (0, 2), (8, 4), (9, 1), (3, 2), (20, 5)]
 
 
 def item(count: int, **more: Tensor) -> dict[str, Tensor]:
@@ -20,7 +21,8 @@ def item(count: int, **more: Tensor) -> dict[str, Tensor]:
     boxes = torch.cat([corner, corner + 10 + torch.randint(0, 20, (count, 2))], 1)
     x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
     x, y = torch.arange(64), torch.arange(64)[:, None]
-    return dict(boxes=boxes, labels=torch.randint(0, 2, (count,)), masks=(x >= x0) & (x < x1) & (y >= y0) & (y < y1), **more)
+    return dict(boxes=boxes, labels=torch.randint(0, 2, (count,)),
+                masks=(x >= x0) & (x < x1) & (y >= y0) & (y < y1), **more)
 
 
 def precision(which: list[int]) -> dict[str, float]:
@@ -30,7 +32,8 @@ def precision(which: list[int]) -> dict[str, float]:
     for found, true in images:
         near = min(len(found["boxes"]), len(true["boxes"]))
         for k in ("boxes", "labels", "masks"): found[k][:near] = true[k][:near]
-    metrics = MetricManager(default_metrics("instance_segmentation"), 2, task="instance_segmentation")
+    metrics = MetricManager(default_metrics("instance_segmentation"), 2,
+                            task="instance_segmentation")
     for i in which: metrics.update("val", [images[i][0]], [images[i][1]])
     return {k: v.item() for k, v in metrics.compute("val").items()}
 
@@ -39,7 +42,8 @@ def gradients(which: slice, grad: bool = True) -> list[Tensor]:
     "The losses of some of four images, the first of them empty, and their gradients if asked for."
     torch.manual_seed(1)
     cls, boxes, one = torch.randn(4, 50, 3), torch.rand(4, 50, 4).cumsum(-1), torch.randn(4, 50)
-    labels, true, share = torch.randint(-6, 3, (4, 50)).clamp(min=-1), torch.rand(4, 50, 4).cumsum(-1), torch.rand(4, 50)
+    labels, true, share = (torch.randint(-6, 3, (4, 50)).clamp(min=-1),
+                           torch.rand(4, 50, 4).cumsum(-1), torch.rand(4, 50))
     labels[0] = -1
     given = [o.requires_grad_() for o in (cls, boxes, one)]
     targets = [o[which] for o in (labels, true, share)]
@@ -52,7 +56,8 @@ def work(rank: int, port: int, out: str) -> None:
     "One of two processes."
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    dealt, alone = precision(list(range(rank, 7, 2))), precision(list(range(7)) if rank == 0 else [])
+    dealt, alone = precision(list(range(rank, 7, 2))), precision(list(range(7)) if rank == 0
+                                                                 else [])
     losses = gradients(slice(2 * rank, 2 * rank + 2))
     # In validation one process may have a batch more, whose loss must not wait for the other.
     if rank == 0:

@@ -1,4 +1,5 @@
-"What `help()` and an editor show: each public class says what its parameters are, its own and the inherited ones."
+"""What `help()` and an editor show: each public class says what its parameters are, its own and the
+inherited ones."""
 import inspect
 import re
 
@@ -11,9 +12,11 @@ CLASSES = [name for name in autotimm.__all__ if inspect.isclass(getattr(autotimm
 
 def documented(docstring: str) -> list[str]:
     "Names in the numpy-style `Parameters` section of a docstring."
-    found = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", inspect.cleandoc(docstring), re.M | re.S)
+    found = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", inspect.cleandoc(docstring),
+                      re.M | re.S)
     if not found: return []
-    return [name.strip("* ") for names in re.findall(r"^(\*{0,2}\w[\w, *]*?)\s*:", found[1], re.M) for name in names.split(",")]
+    return [name.strip("* ") for names in re.findall(r"^(\*{0,2}\w[\w, *]*?)\s*:", found[1], re.M)
+            for name in names.split(",")]
 
 
 def accepted(cls: type) -> list[str]:
@@ -44,5 +47,6 @@ def test_reading_a_section():
 @pytest.mark.parametrize("name", CLASSES)
 def test_parameters_are_those_of_the_signature(name):
     cls = getattr(autotimm, name)
-    if issubclass(cls, Exception) or cls is autotimm.ModelSource: return  # made by us; values of an enumeration
+    # Made by us; values of an enumeration
+    if issubclass(cls, Exception) or cls is autotimm.ModelSource: return
     assert [o for o in documented(cls.__doc__ or "") if o != "kwargs"] == accepted(cls)

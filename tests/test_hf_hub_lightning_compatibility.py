@@ -1,4 +1,5 @@
-"""Lightning's own features with Lightning's own trainer and a timm model from the Hub, on a LocalHub."""
+"""Lightning's own features with Lightning's own trainer and a timm model from the Hub, on a
+LocalHub."""
 import math
 import warnings
 from pathlib import Path
@@ -7,16 +8,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from ddp_route import in_one_process, in_two_processes
-from hf_routes import (CLASSES, RESNET_ID, SIZE, TIMM_ID, TIMM_VIT_ID, Kill, Killed, Note, Spoil, assert_same, classifier,
+from hf_routes import (CLASSES, RESNET_ID, SIZE, TIMM_ID, TIMM_VIT_ID, Kill, Killed, Note,
+                       Spoil, assert_same, classifier,
                        loaders, logits_of, make_set, quiet, weights)
-from pytorch_lightning.callbacks import (BackboneFinetuning, EarlyStopping, EMAWeightAveraging, LearningRateMonitor,
+from pytorch_lightning.callbacks import (BackboneFinetuning, EarlyStopping, EMAWeightAveraging,
+                                         LearningRateMonitor,
                                          ModelCheckpoint, ModelSummary, StochasticWeightAveraging)
 from torch import nn
 from torch.utils.data import DataLoader
 
 from autotimm import ImageClassifier, ImageDataModule, LoggingConfig, MetricConfig, seed_everything
 
-pytestmark = [pytest.mark.usefixtures("tiny_hub"), pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+pytestmark = [pytest.mark.usefixtures("tiny_hub"),
+              pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
               pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*")]
 
 
@@ -26,8 +30,10 @@ def build(backbone: str = TIMM_ID, seed: int = 0, **kwargs) -> ImageClassifier:
 
 
 def trainer(root: Path, *callbacks: pl.Callback, **kwargs) -> pl.Trainer:
-    return pl.Trainer(**quiet(root, callbacks=list(callbacks), **{"max_epochs": 2, "logger": False, "enable_checkpointing": False,
-                                                                  "num_sanity_val_steps": 0, **kwargs}))
+    return pl.Trainer(**quiet(root, callbacks=list(callbacks),
+                              **{"max_epochs": 2, "logger": False, "enable_checkpointing": False,
+                                                                  "num_sanity_val_steps": 0,
+                                 **kwargs}))
 
 
 @pytest.mark.parametrize("repo", [TIMM_ID, RESNET_ID, TIMM_VIT_ID])
@@ -51,9 +57,11 @@ def test_validate_and_test_agree_with_a_hand_written_loop(tmp_path):
     data = make_set(20, seed=3)
     x, y = data.tensors
     logits = logits_of(model, x)
-    wanted = {"loss": float(nn.functional.cross_entropy(logits, y)), "accuracy": float((logits.argmax(1) == y).float().mean())}
+    wanted = {"loss": float(nn.functional.cross_entropy(logits, y)),
+              "accuracy": float((logits.argmax(1) == y).float().mean())}
     for stage, run_stage in (("val", run.validate), ("test", run.test)):
-        found = run_stage(model, DataLoader(data, batch_size=6), verbose=False)[0]      # the last batch is smaller
+        # The last batch is smaller
+        found = run_stage(model, DataLoader(data, batch_size=6), verbose=False)[0]
         assert found == pytest.approx({f"{stage}/{k}": v for k, v in wanted.items()}, rel=1e-5)
 
 
@@ -66,11 +74,13 @@ def test_predict_gives_probabilities_in_order(tmp_path):
 
 
 def test_a_data_module_feeds_all_stages(tmp_path, tiny_folder):
-    "Lightning's trainer with our data module: the model's own preprocessing, class names into the model."
+    """Lightning's trainer with our data module: the model's own preprocessing, class names into the
+    model."""
     model, data = build(), ImageDataModule(tiny_folder, batch_size=6, num_workers=0)
     run = trainer(tmp_path)
     run.fit(model, datamodule=data)
-    assert data.data_config["input_size"] == (3, SIZE, SIZE) and data.data_config["mean"] == model.data_config["mean"]
+    assert (data.data_config["input_size"] == (3, SIZE, SIZE)
+            and data.data_config["mean"] == model.data_config["mean"])
     assert model.class_names == data.class_names and len(model.class_names) == CLASSES
     found = run.test(model, datamodule=data, verbose=False)[0]
     assert set(found) == {"test/loss", "test/accuracy"} and math.isfinite(found["test/loss"])
@@ -78,15 +88,18 @@ def test_a_data_module_feeds_all_stages(tmp_path, tiny_folder):
 
 def test_model_checkpoint_keeps_the_best(tmp_path):
     "The best of three epochs, of which the last is spoilt; the file's name says its value."
-    keep = ModelCheckpoint(tmp_path, "best-{epoch}-{val/loss:.4f}", monitor="val/loss", save_top_k=2, auto_insert_metric_name=False)
+    keep = ModelCheckpoint(tmp_path, "best-{epoch}-{val/loss:.4f}", monitor="val/loss",
+                           save_top_k=2, auto_insert_metric_name=False)
     note, model = Note(), build()
-    trainer(tmp_path, keep, note, Spoil(2), max_epochs=3, enable_checkpointing=True).fit(model, *loaders())
+    trainer(tmp_path, keep, note, Spoil(2), max_epochs=3,
+            enable_checkpointing=True).fit(model, *loaders())
     losses = [o["val/loss"] for o in note.val]
     best = min(range(3), key=losses.__getitem__)
     assert best != 2
     assert float(keep.best_model_score) == pytest.approx(losses[best])
     assert f"{losses[best]:.4f}" in keep.best_model_path
-    assert sorted(float(o) for o in keep.best_k_models.values()) == pytest.approx(sorted(losses)[:2])
+    assert (sorted(float(o) for o in keep.best_k_models.values())
+            == pytest.approx(sorted(losses)[:2]))
     again = ImageClassifier.load_from_checkpoint(keep.best_model_path)
     found = trainer(tmp_path).validate(again, loaders()[1], verbose=False)[0]
     assert found["val/loss"] == pytest.approx(losses[best], rel=1e-5)
@@ -109,11 +122,13 @@ def test_a_checkpoint_needs_no_hub(tmp_path, tiny_hub):
 
 
 def test_resume_equals_the_unbroken_run(tmp_path):
-    "With Lightning's trainer, where neither order nor dropout draws random numbers; the cosine schedule goes on as well."
+    """With Lightning's trainer, where neither order nor dropout draws random numbers; the cosine
+    schedule goes on as well."""
     def run(root: Path, *callbacks: pl.Callback, ckpt_path: Path | None = None) -> ImageClassifier:
         model = build(RESNET_ID, scheduler="cosine")
         keep = ModelCheckpoint(root, save_last=True)
-        trainer(root, keep, *callbacks, max_epochs=4, enable_checkpointing=True).fit(model, *loaders(), ckpt_path=ckpt_path)
+        trainer(root, keep, *callbacks, max_epochs=4,
+                enable_checkpointing=True).fit(model, *loaders(), ckpt_path=ckpt_path)
         return model
     whole = run(tmp_path / "whole")
     with pytest.raises(Killed): run(tmp_path / "parts", Kill(2))
@@ -130,7 +145,8 @@ def test_precision(tmp_path, precision):
     blocks = [m for m in model.backbone.modules() if isinstance(m, nn.Conv2d)]
     blocks[1].register_forward_hook(lambda m, args, out: seen.append((out.dtype, m.weight.dtype)))
     trainer(tmp_path, note, precision=precision, max_epochs=4).fit(model, *loaders())
-    wanted = {"bf16-mixed": (torch.bfloat16, torch.float32), "bf16-true": (torch.bfloat16, torch.bfloat16),
+    wanted = {"bf16-mixed": (torch.bfloat16, torch.float32),
+              "bf16-true": (torch.bfloat16, torch.bfloat16),
               "64-true": (torch.float64, torch.float64)}[precision]
     assert set(seen) == {wanted}
     assert all(map(math.isfinite, note.losses)) and sum(note.losses[-3:]) < sum(note.losses[:3])
@@ -146,8 +162,10 @@ def test_early_stopping_stops_at_the_spoilt_epoch(tmp_path):
 def test_learning_rate_monitor_sees_the_schedule(tmp_path):
     "Warm-up, then cosine: as logged by Lightning's callback and by the model itself."
     logger = pl.loggers.CSVLogger(tmp_path)
-    model = build(scheduler="cosine", scheduler_kwargs=dict(warmup_epochs=1), logging_config=LoggingConfig(True, True))
-    run = trainer(tmp_path, LearningRateMonitor("step"), logger=logger, max_epochs=3, log_every_n_steps=1)
+    model = build(scheduler="cosine", scheduler_kwargs=dict(warmup_epochs=1),
+                  logging_config=LoggingConfig(True, True))
+    run = trainer(tmp_path, LearningRateMonitor("step"), logger=logger, max_epochs=3,
+                  log_every_n_steps=1)
     run.fit(model, *loaders())
     logger.save()
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
@@ -156,15 +174,17 @@ def test_learning_rate_monitor_sees_the_schedule(tmp_path):
     rates = [float(r[name]) for r in rows if r[name]]
     own = [float(r["train/lr"]) for r in rows if r["train/lr"]]
     assert len(rates) == len(own) == 9
-    assert rates.index(max(rates)) in (2, 3) and rates[0] < max(rates) / 2 and rates[-1] < max(rates) / 4
+    assert (rates.index(max(rates)) in (2, 3) and rates[0] < max(rates) / 2
+            and rates[-1] < max(rates) / 4)
     assert own == pytest.approx(rates, rel=1e-4, abs=1e-7)
     assert all(float(r["train/grad_norm"]) > 0 for r in rows if r["train/grad_norm"])
 
 
 @pytest.mark.parametrize("by_argument", [True, False], ids=["ema_decay", "callback"])
 def test_moving_average_of_the_weights(tmp_path, by_argument):
-    "Lightning's callback, put in by `ema_decay` or by the user: after training the model holds the average."
-    decay, run = 0.5, []                    # the average starts with the weights after the first step
+    """Lightning's callback, put in by `ema_decay` or by the user: after training the model holds
+    the average."""
+    decay, run = 0.5, []  # the average starts with the weights after the first step
     class Follow(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
             now = pl_module.head.state_dict()
@@ -187,11 +207,13 @@ def test_stochastic_weight_averaging_and_finetuning_callbacks(tmp_path):
     "Two of Lightning's callbacks that take the model apart: it has `backbone`, and can be copied."
     model = build(RESNET_ID)
     before = weights(model.backbone)
-    norms = {f"{n}.{k}" for n, m in model.backbone.named_modules() if isinstance(m, nn.BatchNorm2d) for k in ("weight", "bias")}
+    norms = {f"{n}.{k}" for n, m in model.backbone.named_modules() if isinstance(m, nn.BatchNorm2d)
+             for k in ("weight", "bias")}
     moved: list[set[str]] = []
     class Look(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            moved.append({n for n, p in pl_module.backbone.named_parameters() if not torch.equal(p, before[n])})
+            moved.append({n for n, p in pl_module.backbone.named_parameters()
+                          if not torch.equal(p, before[n])})
     thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
     trainer(tmp_path, thaw, Look()).fit(model, *loaders())
     assert moved[0] == norms and moved[1] == {n for n, _ in model.backbone.named_parameters()}
@@ -201,17 +223,21 @@ def test_stochastic_weight_averaging_and_finetuning_callbacks(tmp_path):
 
 
 def test_loggers_and_metrics(tmp_path):
-    "TensorBoard and CSV at once get losses, default and further metrics; the hyperparameters are plain."
+    """TensorBoard and CSV at once get losses, default and further metrics; the hyperparameters are
+    plain."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    metrics = [MetricConfig("accuracy", "torchmetrics", "Accuracy", {"task": "multiclass", "num_classes": CLASSES}, ["train", "val"]),
+    metrics = [MetricConfig("accuracy", "torchmetrics", "Accuracy",
+                            {"task": "multiclass", "num_classes": CLASSES}, ["train", "val"]),
                MetricConfig("auroc", "torchmetrics", "AUROC", {}, ["val"])]
     board, table = pl.loggers.TensorBoardLogger(tmp_path), pl.loggers.CSVLogger(tmp_path)
     run = trainer(tmp_path, logger=[board, table], log_every_n_steps=1)
     run.fit(build(metrics=metrics), *loaders())
     read = EventAccumulator(board.log_dir).Reload()
-    assert {"train/loss", "val/loss", "train/accuracy", "val/accuracy", "val/auroc"} <= set(read.Tags()["scalars"])
-    assert read.Scalars("val/auroc")[-1].value == pytest.approx(float(run.callback_metrics["val/auroc"]))
+    assert {"train/loss", "val/loss", "train/accuracy", "val/accuracy",
+            "val/auroc"} <= set(read.Tags()["scalars"])
+    assert (read.Scalars("val/auroc")[-1].value
+            == pytest.approx(float(run.callback_metrics["val/auroc"])))
     assert "val/auroc" in (Path(table.log_dir) / "metrics.csv").read_text()
     assert f"hf-hub:{TIMM_ID}" in (Path(table.log_dir) / "hparams.yaml").read_text()
 
@@ -240,16 +266,21 @@ def test_gradient_clipping(tmp_path, how):
     note, look = Note(), Look()
     look.norms, look.largest = [], []
     limit = 0.01
-    trainer(tmp_path, note, look, gradient_clip_val=limit, gradient_clip_algorithm=how).fit(build(), *loaders())
+    trainer(tmp_path, note, look, gradient_clip_val=limit,
+            gradient_clip_algorithm=how).fit(build(), *loaders())
     before = [float(torch.nn.utils.get_total_norm(list(g.values()))) for g in note.grads]
     assert min(before) > limit
-    assert max(look.norms if how == "norm" else look.largest) <= limit * 1.001 and len(look.norms) >= 4
+    assert (max(look.norms if how == "norm" else look.largest) <= limit * 1.001
+            and len(look.norms) >= 4)
 
 
 def test_two_processes(tmp_path):
-    "DDP with Lightning's trainer: both ranks end with the weights and metrics that one process has on the same batches."
-    ranks, one = in_two_processes(tmp_path, ["hub-timm"], "lightning")["hub-timm"], in_one_process(tmp_path, "hub-timm", "lightning")
-    assert [(o["rank"], o["world_size"], o["steps"]) for o in ranks] == [(0, 2, 4), (1, 2, 4)] and one["world_size"] == 1
+    """DDP with Lightning's trainer: both ranks end with the weights and metrics that one process
+    has on the same batches."""
+    ranks, one = (in_two_processes(tmp_path, ["hub-timm"], "lightning")["hub-timm"],
+                  in_one_process(tmp_path, "hub-timm", "lightning"))
+    assert [(o["rank"], o["world_size"], o["steps"])
+            for o in ranks] == [(0, 2, 4), (1, 2, 4)] and one["world_size"] == 1
     assert_same(ranks[0]["weights"], ranks[1]["weights"])
     assert_same(ranks[0]["weights"], one["weights"], rtol=1e-3, atol=1e-5)
     for o in ranks: assert o["metrics"] == pytest.approx(one["metrics"], rel=1e-3, abs=1e-5)
@@ -266,7 +297,8 @@ def test_fast_dev_run_and_limits(tmp_path):
     run, note = trainer(tmp_path, first := Note(), fast_dev_run=True), Note()
     run.fit(build(), *loaders())
     assert len(first.losses) == 1 and run.global_step == 1
-    limited = trainer(tmp_path, note, max_epochs=3, limit_train_batches=2, limit_val_batches=1, val_check_interval=1)
+    limited = trainer(tmp_path, note, max_epochs=3, limit_train_batches=2, limit_val_batches=1,
+                      val_check_interval=1)
     limited.fit(build(), *loaders())
     assert len(note.losses) == 6 and len(note.val) == 6
     by_steps = trainer(tmp_path, max_epochs=-1, max_steps=4)
@@ -286,7 +318,8 @@ def test_model_summary(tmp_path):
     summary = pl.utilities.model_summary.summarize(model)
     assert summary.total_parameters == sum(p.numel() for p in model.parameters())
     assert {"backbone", "head", "loss_fn", "metrics"} <= set(summary.layer_names)
-    trainer(tmp_path, ModelSummary(max_depth=2), max_epochs=1, limit_train_batches=1).fit(model, *loaders())
+    trainer(tmp_path, ModelSummary(max_depth=2), max_epochs=1,
+            limit_train_batches=1).fit(model, *loaders())
 
 
 def test_compile_on_request(tmp_path):
@@ -298,7 +331,8 @@ def test_compile_on_request(tmp_path):
     for o, m in zip(run, (model, plain)):
         o.fit(m, *loaders())
         notes.append([c for c in o.callbacks if isinstance(c, Note)][0].losses)
-    assert model.backbone._compiled_call_impl is not None and plain.backbone._compiled_call_impl is None
+    assert (model.backbone._compiled_call_impl is not None
+            and plain.backbone._compiled_call_impl is None)
     assert notes[0] == pytest.approx(notes[1], rel=1e-4)
     run[0].save_checkpoint(tmp_path / "model.ckpt")
     state = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
@@ -323,7 +357,8 @@ def test_no_warning_on_ordinary_use(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)   # Lightning about torch
+        # Lightning about torch
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         model = build()
         trainer(tmp_path, max_epochs=1, log_every_n_steps=1).fit(model, *loaders())

@@ -1,4 +1,5 @@
-"""`LocalHub` against the real clients over HTTP, and the made-up data against readers that are not ours."""
+"""`LocalHub` against the real clients over HTTP, and the made-up data against readers that are not
+ours."""
 import contextlib
 import csv
 import json
@@ -55,7 +56,8 @@ def settings() -> dict[str, object]:
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] not in CLIENTS: continue
         found.update({f"{name}.{k}": v for k, v in list(vars(module).items())
-                      if isinstance(v, (str, Path, bool, int, type(None))) and not k.startswith("__")})
+                      if isinstance(v, (str, Path, bool, int, type(None)))
+                      and not k.startswith("__")})
     return found
 
 
@@ -66,7 +68,8 @@ def equal_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 def run(code: str, **environment: str) -> str:
     "What a new Python process prints."
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          timeout=60, check=False,
                           cwd=Path(__file__).parents[1], env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
@@ -80,7 +83,8 @@ def hub():
 @pytest.fixture
 def tiny():
     transformers = pytest.importorskip("transformers")
-    return transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    return transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                  intermediate_size=16,
                                   image_size=32, patch_size=16)
 
 
@@ -92,7 +96,8 @@ def test_files_arrive_as_they_were_stored(hub):
     path = Path(hf_hub_download("me/net", "a folder/ü.bin"))
     assert path.read_bytes() == content and commit in path.parts and path.is_relative_to(hub.cache)
     folder = Path(snapshot_download("me/net"))
-    assert sorted(o.relative_to(folder).as_posix() for o in folder.rglob("*") if o.is_file()) == ["a folder/ü.bin", "config.json"]
+    assert sorted(o.relative_to(folder).as_posix() for o in folder.rglob("*")
+                  if o.is_file()) == ["a folder/ü.bin", "config.json"]
     asked = len(hub.requests)
     assert Path(hf_hub_download("me/net", "config.json", revision=commit)).read_text() == "{}"
     assert len(hub.requests) == asked  # a commit cannot change, so the cache answers
@@ -132,7 +137,8 @@ def test_transformers_loads_model_processor_and_timm_models(hub, tiny):
 
 
 def test_an_own_processor_is_served(hub, tiny):
-    hub.add_transformers("org/vit", tiny, processor={"image_processor_type": "ViTImageProcessor", "image_mean": [0.1, 0.2, 0.3]})
+    hub.add_transformers("org/vit", tiny, processor={"image_processor_type": "ViTImageProcessor",
+                                                     "image_mean": [0.1, 0.2, 0.3]})
     saved = json.loads(Path(hf_hub_download("org/vit", "preprocessor_config.json")).read_text())
     assert saved["image_mean"] == [0.1, 0.2, 0.3]
 
@@ -150,7 +156,8 @@ def test_the_datasets_library_loads_from_it():
     with LocalHub(): pass  # what it imports late is imported now
     before = settings()
     with LocalHub() as hub:
-        hub.add_files("datasets/me/table", {"train.csv": "a,b\n1,x\n2,y\n", "test.csv": "a,b\n3,z\n"})
+        hub.add_files("datasets/me/table", {"train.csv": "a,b\n1,x\n2,y\n",
+                                            "test.csv": "a,b\n3,z\n"})
         data = datasets.load_dataset("me/table")
         assert {k: v["a"][:] for k, v in data.items()} == {"train": [1, 2], "test": [3]}
         cache, url = hub.cache, hub.url
@@ -173,12 +180,14 @@ def test_file_system_client(hub):
 def test_listings_search_filter_sort_and_page():
     with LocalHub(page_size=3) as hub:
         for k in range(8):
-            hub.add_files(f"{'timm' if k % 2 else 'me'}/net{k}", {"README.md": "---\nlibrary_name: timm\ntags: [small]\n---\n"})
+            hub.add_files(f"{'timm' if k % 2 else 'me'}/net{k}",
+                          {"README.md": "---\nlibrary_name: timm\ntags: [small]\n---\n"})
             hub.repos[f"{'timm' if k % 2 else 'me'}/net{k}"].downloads = k
         hub.add_files("me/notes", {"README.md": "no head"})
         assert len(list(list_models())) == 9
         assert sum(path.startswith("/api/models") for _, path in hub.requests) == 3
-        assert [o.id for o in list_models(author="timm", sort="downloads")] == ["timm/net7", "timm/net5", "timm/net3", "timm/net1"]
+        assert ([o.id for o in list_models(author="timm", sort="downloads")]
+                == ["timm/net7", "timm/net5", "timm/net3", "timm/net1"])
         assert [o.id for o in list_models(search="NET4")] == ["me/net4"]
         assert len(list(list_models(filter=["timm", "small"]))) == 8
         assert len(list(list_models(filter="timm", limit=5))) == 5
@@ -188,12 +197,14 @@ def test_listings_search_filter_sort_and_page():
 def test_info_tells_files_sizes_and_configuration(hub, tiny):
     commit = hub.add_transformers("org/vit", tiny)
     info = model_info("org/vit", files_metadata=True)
-    assert info.sha == commit and info.library_name == "transformers" and info.config["model_type"] == "vit"
+    assert (info.sha == commit and info.library_name == "transformers"
+            and info.config["model_type"] == "vit")
     stored = hub.repos["org/vit"].commits[commit]
     assert {o.rfilename: o.size for o in info.siblings} == {k: len(v) for k, v in stored.items()}
     api = HfApi()
     assert api.file_exists("org/vit", "config.json") and not api.file_exists("org/vit", "nope")
-    assert [o.path for o in api.get_paths_info("org/vit", ["config.json", "nope"])] == ["config.json"]
+    assert ([o.path for o in api.get_paths_info("org/vit", ["config.json", "nope"])]
+            == ["config.json"])
     assert api.repo_exists("org/vit") and not api.repo_exists("org/nope")
 
 
@@ -203,7 +214,8 @@ def test_branch_tag_and_commit(hub):
     first = hub.add_files("me/net", {"a.txt": "1"}, tag="v1")
     second = hub.add_files("me/net", {"a.txt": "2"})
     hub.add_files("me/net", {"a.txt": "3"}, revision="next")
-    read = {k: Path(hf_hub_download("me/net", "a.txt", revision=k)).read_text() for k in (None, "main", "v1", "next", first, second)}
+    read = {k: Path(hf_hub_download("me/net", "a.txt", revision=k)).read_text()
+            for k in (None, "main", "v1", "next", first, second)}
     assert list(read.values()) == ["2", "2", "1", "3", "1", "2"]
     assert [o.commit_id for o in list_repo_commits("me/net")] == [second, first]
     with pytest.raises(RevisionNotFoundError): hf_hub_download("me/net", "a.txt", revision="v2")
@@ -217,23 +229,27 @@ def test_branches_and_tags_are_made_over_http(hub):
     api.create_tag("me/net", tag="v1")
     api.upload_file(path_or_fileobj=b"2", path_in_repo="a.txt", repo_id="me/net", revision="next")
     refs = api.list_repo_refs("me/net")
-    assert {o.name: o.target_commit for o in (*refs.branches, *refs.tags)} | {"next": ""} == {"main": first, "v1": first, "next": ""}
+    assert ({o.name: o.target_commit for o in (*refs.branches, *refs.tags)} | {"next": ""}
+            == {"main": first, "v1": first, "next": ""})
     assert Path(hf_hub_download("me/net", "a.txt")).read_text() == "1"
     assert Path(hf_hub_download("me/net", "a.txt", revision="next")).read_text() == "2"
 
 
 # ---- access
 
-@pytest.mark.parametrize("kind, error", [("private", RepositoryNotFoundError), ("gated", GatedRepoError)])
+@pytest.mark.parametrize("kind, error", [("private", RepositoryNotFoundError),
+                                         ("gated", GatedRepoError)])
 def test_closed_repositories_open_with_the_token(hub, kind, error):
     hub.add_timm("me/closed", num_classes=2, **{kind: True})
     with pytest.raises(error): hf_hub_download("me/closed", "config.json")
     with pytest.raises(error): timm.create_model("hf-hub:me/closed", pretrained=True)
-    with pytest.raises(HfHubHTTPError) as e: hf_hub_download("me/closed", "config.json", token="a guess")
+    with pytest.raises(HfHubHTTPError) as e:
+        hf_hub_download("me/closed", "config.json", token="a guess")
     assert e.value.response.status_code == 401
     assert [o.id for o in list_models()] == (["me/closed"] if kind == "gated" else [])
     assert [o.id for o in list_models(token=hub.token)] == ["me/closed"]
-    assert json.loads(Path(hf_hub_download("me/closed", "config.json", token=hub.token)).read_text())["num_classes"] == 2
+    assert (json.loads(Path(hf_hub_download("me/closed", "config.json",
+                                            token=hub.token)).read_text())["num_classes"] == 2)
 
 
 def test_login_sends_the_token_by_itself():
@@ -258,7 +274,8 @@ def test_the_token_is_nowhere_to_be_read(capfd, caplog):
         hub.fault("500", repo_id="me/other")
         model_info("me/net"); hf_hub_download("me/net", "a.txt")
         with pytest.raises(HfHubHTTPError) as e: model_info("me/other")
-        shown = [repr(hub), str(hub), repr(hub.requests), repr(hub.faults), repr(hub.repos["me/net"]), str(e.value), caplog.text]
+        shown = [repr(hub), str(hub), repr(hub.requests), repr(hub.faults),
+                 repr(hub.repos["me/net"]), str(e.value), caplog.text]
     assert hub.requests and not [o for o in (*shown, *capfd.readouterr()) if "do-not-show" in o]
 
 
@@ -276,7 +293,8 @@ def test_upload_folder_and_load_back(hub, tmp_path):
     assert done.oid == hub.repos["me/up"].branches["main"]
     with pytest.raises(RepositoryNotFoundError): snapshot_download("me/up")
     folder = Path(snapshot_download("me/up", token=hub.token))
-    assert (folder / "a.txt").read_text() == "one" and (folder / "sub/weights.bin").read_bytes() == bytes(3000)
+    assert ((folder / "a.txt").read_text() == "one"
+            and (folder / "sub/weights.bin").read_bytes() == bytes(3000))
     api.delete_repo("me/up")
     assert hub.repos == {}
 
@@ -284,12 +302,14 @@ def test_upload_folder_and_load_back(hub, tmp_path):
 def test_commits_add_delete_and_mind_their_parent(hub):
     api = HfApi(token=hub.token)
     first = hub.add_files("me/net", {"a.txt": "1", "old/b.txt": "2", "old/c.txt": "3"})
-    changes = [CommitOperationAdd("new.txt", b"4"), CommitOperationDelete("a.txt"), CommitOperationDelete("old/", is_folder=True)]
+    changes = [CommitOperationAdd("new.txt", b"4"), CommitOperationDelete("a.txt"),
+               CommitOperationDelete("old/", is_folder=True)]
     api.create_commit("me/net", changes, commit_message="change", parent_commit=first)
     assert list_repo_files("me/net") == ["new.txt"]
     assert sorted(list_repo_files("me/net", revision=first)) == ["a.txt", "old/b.txt", "old/c.txt"]
     with pytest.raises(HfHubHTTPError, match="commit has happened since"):
-        api.create_commit("me/net", [CommitOperationAdd("x", b"")], commit_message="late", parent_commit=first)
+        api.create_commit("me/net", [CommitOperationAdd("x", b"")], commit_message="late",
+                          parent_commit=first)
 
 
 def test_pushing_needs_the_token(hub):
@@ -297,7 +317,8 @@ def test_pushing_needs_the_token(hub):
     for token in (None, "a guess"):
         with pytest.raises(HfHubHTTPError): HfApi(token=token).create_repo("me/new")
         with pytest.raises(HfHubHTTPError):
-            HfApi(token=token).upload_file(path_or_fileobj=b"2", path_in_repo="a.txt", repo_id="me/net")
+            HfApi(token=token).upload_file(path_or_fileobj=b"2", path_in_repo="a.txt",
+                                           repo_id="me/net")
     assert list(hub.repos) == ["me/net"] and len(hub.repos["me/net"].commits) == 1
 
 
@@ -335,7 +356,8 @@ def test_a_client_made_in_one_block_asks_the_hub_of_the_next(tiny):
 # ---- faults
 
 @pytest.mark.parametrize("kind, error, status", [
-    ("401", HfHubHTTPError, 401), ("403", GatedRepoError, 403), ("404", RepositoryNotFoundError, 404), ("500", HfHubHTTPError, 500)])
+    ("401", HfHubHTTPError, 401), ("403", GatedRepoError, 403),
+    ("404", RepositoryNotFoundError, 404), ("500", HfHubHTTPError, 500)])
 def test_refusals(hub, kind, error, status):
     hub.add_files("me/net", {"a.txt": "1"})
     hub.add_files("me/other", {"a.txt": "1"})
@@ -375,9 +397,12 @@ def test_cut_once_is_resumed(hub):
 def test_parts_of_a_file(hub):
     hub.add_files("me/net", {"a.txt": "0123456789"})
     address = f"{hub.url}/me/net/resolve/main/a.txt"
-    for asked, part, said in (("bytes=4-", b"456789", "bytes 4-9/10"), ("bytes=2-3", b"23", "bytes 2-3/10")):
-        with urllib.request.urlopen(urllib.request.Request(address, headers={"Range": asked})) as answer:
-            assert (answer.status, answer.headers["Content-Range"], answer.read()) == (206, said, part)
+    for asked, part, said in (("bytes=4-", b"456789", "bytes 4-9/10"),
+                              ("bytes=2-3", b"23", "bytes 2-3/10")):
+        with urllib.request.urlopen(urllib.request.Request(address,
+                                                           headers={"Range": asked})) as answer:
+            assert (answer.status, answer.headers["Content-Range"],
+                    answer.read()) == (206, said, part)
     with pytest.raises(urllib.error.HTTPError, match="416"):
         urllib.request.urlopen(urllib.request.Request(address, headers={"Range": "bytes=10-"}))
 
@@ -445,7 +470,8 @@ def test_everything_is_as_before(error, tiny):
         cache, url = Path(hub.cache), hub.url
         hub.add_transformers("org/vit", tiny)
         transformers.AutoModel.from_pretrained("org/vit")
-        assert huggingface_hub.constants.ENDPOINT == os.environ["HF_ENDPOINT"] == url and cache.is_dir()
+        assert (huggingface_hub.constants.ENDPOINT == os.environ["HF_ENDPOINT"] == url
+                and cache.is_dir())
         assert settings() != before
         if error: raise error
     assert dict(os.environ) == environment
@@ -501,7 +527,8 @@ def test_a_hub_opens_again_with_its_content():
 
 def test_a_new_process_needs_the_environment_only(hub):
     hub.add_timm("me/net", num_classes=3)
-    code = ("import timm, huggingface_hub as h; m = timm.create_model('hf-hub:me/net', pretrained=True);"
+    code = ("import timm, huggingface_hub as h; m = timm.create_model('hf-hub:me/net', "
+            "pretrained=True);"
             "print(m.num_classes, h.constants.ENDPOINT, h.constants.HF_HUB_CACHE)")
     assert run(code).split() == ["3", hub.url, os.path.join(hub.cache, "hub")]
 
@@ -525,12 +552,14 @@ print(constants.ENDPOINT, constants.HF_HUB_CACHE)
 """
 
 
-@pytest.mark.parametrize("first", ["import huggingface_hub", "from huggingface_hub import constants, snapshot_download",
+@pytest.mark.parametrize("first", ["import huggingface_hub",
+                                   "from huggingface_hub import constants, snapshot_download",
                                    "import sys; assert 'huggingface_hub' not in sys.modules"])
 def test_it_does_not_matter_when_the_client_is_imported(first, tmp_path):
     home = str(tmp_path / "home")
     code = f"from autotimm.testing import LocalHub\n{first}\n{BLOCK}"
-    printed = run(code, HF_ENDPOINT="http://hub.invalid", HF_HOME=home, HF_HUB_CACHE=os.path.join(home, "hub"))
+    printed = run(code, HF_ENDPOINT="http://hub.invalid", HF_HOME=home,
+                  HF_HUB_CACHE=os.path.join(home, "hub"))
     assert printed.split() == ["http://hub.invalid", os.path.join(home, "hub")]
 
 
@@ -547,29 +576,37 @@ def test_same_seed_same_scenes():
 def test_boxes_are_those_of_the_masks():
     for scene in make_shapes(40, 56, 10, 6, seed=2):
         first_to_last = masks_to_boxes(torch.from_numpy(scene.masks))
-        assert torch.equal(torch.from_numpy(scene.boxes), first_to_last + torch.tensor([0, 0, 1, 1]))
-        assert len(scene.labels) == len(scene.boxes) == len(scene.masks) and scene.image.dtype == np.uint8
+        assert torch.equal(torch.from_numpy(scene.boxes),
+                           first_to_last + torch.tensor([0, 0, 1, 1]))
+        assert (len(scene.labels) == len(scene.boxes) == len(scene.masks)
+                and scene.image.dtype == np.uint8)
         assert set(np.unique(scene.mask)) - {0} == set(scene.labels + 1)
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(n=0), "n must be at least 1, got 0"), (dict(image_size=8), "image_size must be at least 24, got 8"),
-    (dict(max_objects=0), "max_objects must be at least 1, got 0"), (dict(num_classes=99), "num_classes must be from 1 to 10, got 99")])
+    (dict(n=0), "n must be at least 1, got 0"),
+    (dict(image_size=8), "image_size must be at least 24, got 8"),
+    (dict(max_objects=0), "max_objects must be at least 1, got 0"),
+    (dict(num_classes=99), "num_classes must be from 1 to 10, got 99")])
 def test_bad_sizes_are_named(options, said):
     with pytest.raises(ValueError, match=said): make_shapes(**options)
 
 
-WRITERS = ("write_folders", "write_csv", "write_multilabel_csv", "write_boxes_csv", "write_coco", "write_voc", "write_yolo", "write_masks")
+WRITERS = ("write_folders", "write_csv", "write_multilabel_csv", "write_boxes_csv",
+           "write_coco", "write_voc", "write_yolo", "write_masks")
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_same_seed_same_files(name, tmp_path):
     def written(folder: str, seed: int) -> dict[str, bytes]:
-        root = getattr(testing, name)(tmp_path / folder, splits=dict(train=3, val=2), image_size=32, seed=seed)
-        return {o.relative_to(root).as_posix(): o.read_bytes() for o in root.rglob("*") if o.is_file()}
+        root = getattr(testing, name)(tmp_path / folder, splits=dict(train=3, val=2),
+                                      image_size=32, seed=seed)
+        return {o.relative_to(root).as_posix(): o.read_bytes() for o in root.rglob("*")
+                if o.is_file()}
     a, b, c = written("a", 1), written("b", 1), written("c", 2)
     assert a == b and a != c
-    images = [v for k, v in a.items() if k.endswith((".png", ".jpg")) and "ask" not in k and "Class" not in k]
+    images = [v for k, v in a.items() if k.endswith((".png", ".jpg")) and "ask" not in k
+              and "Class" not in k]
     assert len(set(images)) == 5  # no image stands in two splits
 
 
@@ -582,8 +619,10 @@ def test_folders(tmp_path):
     for split, (name, n) in enumerate((("train", 6), ("val", 4))):
         data = torchvision.datasets.ImageFolder(tmp_path / name)
         assert data.classes == ["circle", "square"] and len(data) == n
-        by_name = sorted((Path(path).name, np.array(data.loader(path)).tobytes(), k) for path, k in data.samples)
-        assert [o[1:] for o in by_name] == [(o.image.tobytes(), o.label) for o in expected(n, split, num_classes=2)]
+        by_name = sorted((Path(path).name, np.array(data.loader(path)).tobytes(), k)
+                         for path, k in data.samples)
+        assert [o[1:] for o in by_name] == [(o.image.tobytes(), o.label)
+                                            for o in expected(n, split, num_classes=2)]
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -595,29 +634,39 @@ def test_tables(tmp_path):
     rows = read_csv(testing.write_csv(tmp_path / "a", splits) / "train.csv")
     assert [o["label"] for o in rows] == [testing.SHAPE_NAMES[o.label] for o in expected()]
     rows = read_csv(testing.write_multilabel_csv(tmp_path / "b", splits) / "val.csv")
-    assert [[float(o[k]) for k in testing.SHAPE_NAMES[:3]] for o in rows] == [o.multi_hot.tolist() for o in expected(2, 1)]
-    rows = read_csv(testing.write_multilabel_csv(tmp_path / "c", splits, separator=";") / "train.csv")
-    assert [set(o["labels"].split(";")) for o in rows] == [{testing.SHAPE_NAMES[k] for k in o.labels} for o in expected()]
-    assert all(np.array_equal(Image.open(tmp_path / "c/images" / r["image"]), o.image) for r, o in zip(rows, expected()))
+    assert [[float(o[k]) for k in testing.SHAPE_NAMES[:3]]
+            for o in rows] == [o.multi_hot.tolist() for o in expected(2, 1)]
+    rows = read_csv(testing.write_multilabel_csv(tmp_path / "c", splits, separator=";")
+                    / "train.csv")
+    assert ([set(o["labels"].split(";")) for o in rows]
+            == [{testing.SHAPE_NAMES[k] for k in o.labels} for o in expected()])
+    assert all(np.array_equal(Image.open(tmp_path / "c/images" / r["image"]), o.image)
+               for r, o in zip(rows, expected()))
 
 
 def test_table_of_boxes_and_masks(tmp_path):
     rows = read_csv(testing.write_boxes_csv(tmp_path, dict(train=4), masks=True) / "train.csv")
-    shapes = [(box, label, mask) for o in expected() for box, label, mask in zip(o.boxes, o.labels, o.masks)]
+    shapes = [(box, label, mask) for o in expected() for box, label,
+              mask in zip(o.boxes, o.labels, o.masks)]
     assert len(rows) == len(shapes)
     for row, (box, label, mask) in zip(rows, shapes):
         assert [float(row[k]) for k in ("x_min", "y_min", "x_max", "y_max")] == box.tolist()
-        assert row["label"] == testing.SHAPE_NAMES[label] and np.array_equal(np.array(Image.open(tmp_path / row["mask_path"])) > 0, mask)
+        assert (row["label"] == testing.SHAPE_NAMES[label]
+                and np.array_equal(np.array(Image.open(tmp_path / row["mask_path"])) > 0, mask))
 
 
 @pytest.mark.parametrize("kind", ["polygon", "rle"])
 def test_coco(tmp_path, kind):
     coco = pytest.importorskip("pycocotools.coco")
     coco_mask = pytest.importorskip("pycocotools.mask")
-    testing.write_coco(tmp_path, dict(train2017=12, val2017=2), masks=kind, num_classes=10, max_objects=5)
-    with contextlib.redirect_stdout(None): data = coco.COCO(tmp_path / "annotations/instances_train2017.json")
-    assert len(data.imgs) == 12 and [o["name"] for o in data.loadCats(data.getCatIds())] == list(testing.SHAPE_NAMES)
-    for (number, image), scene in zip(sorted(data.imgs.items()), expected(12, num_classes=10, max_objects=5)):
+    testing.write_coco(tmp_path, dict(train2017=12, val2017=2), masks=kind, num_classes=10,
+                       max_objects=5)
+    with contextlib.redirect_stdout(None):
+        data = coco.COCO(tmp_path / "annotations/instances_train2017.json")
+    assert (len(data.imgs) == 12 and [o["name"] for o in data.loadCats(data.getCatIds())]
+            == list(testing.SHAPE_NAMES))
+    for (number, image), scene in zip(sorted(data.imgs.items()),
+                                      expected(12, num_classes=10, max_objects=5)):
         assert np.array_equal(Image.open(tmp_path / "train2017" / image["file_name"]), scene.image)
         found = data.imgToAnns[number]
         assert [o["category_id"] - 1 for o in found] == scene.labels.tolist()
@@ -634,22 +683,26 @@ def test_coco_of_boxes_alone_and_of_an_unknown_kind(tmp_path):
     table = json.loads((tmp_path / "annotations/instances_train2017.json").read_text())
     assert table["annotations"] and not any(o["segmentation"] for o in table["annotations"])
     assert json.loads((tmp_path / "annotations/instances_val2017.json").read_text())["images"] == []
-    with pytest.raises(ValueError, match="Kind of masks 'polygons' not found.*polygon"): testing.write_coco(tmp_path, masks="polygons")
+    with pytest.raises(ValueError, match="Kind of masks 'polygons' not found.*polygon"):
+        testing.write_coco(tmp_path, masks="polygons")
 
 
 def test_voc(tmp_path):
     testing.write_voc(tmp_path / "VOCdevkit/VOC2012", dict(train=4, val=2))
     data = torchvision.datasets.VOCDetection(tmp_path, image_set="train")
     masks = torchvision.datasets.VOCSegmentation(tmp_path, image_set="train")
-    assert len(data) == len(masks) == 4 and len(torchvision.datasets.VOCDetection(tmp_path, image_set="val")) == 2
+    assert (len(data) == len(masks) == 4
+            and len(torchvision.datasets.VOCDetection(tmp_path, image_set="val")) == 2)
     for (image, target), (_, mask), scene in zip(data, masks, expected()):
         found = target["annotation"]["object"]
-        boxes = np.array([[int(o["bndbox"][k]) for k in ("xmin", "ymin", "xmax", "ymax")] for o in found])
+        boxes = np.array([[int(o["bndbox"][k]) for k in ("xmin", "ymin", "xmax", "ymax")]
+                          for o in found])
         # VOC counts pixels from 1 and includes the last one.
         assert np.array_equal(boxes - [1, 1, 0, 0], scene.boxes)
         assert [o["name"] for o in found] == [testing.SHAPE_NAMES[k] for k in scene.labels]
         assert np.array_equal(mask, scene.mask) and image.size == (64, 64)
-        assert abs(np.array(image).astype(int) - scene.image).mean() < 12  # JPEG loses a little of the noise
+        # JPEG loses a little of the noise
+        assert abs(np.array(image).astype(int) - scene.image).mean() < 12
 
 
 def test_yolo(tmp_path):
@@ -665,7 +718,8 @@ def test_yolo(tmp_path):
 
 def test_semantic_masks(tmp_path):
     testing.write_masks(tmp_path, dict(train=4))
-    assert (tmp_path / "classes.txt").read_text().split() == ["background", "circle", "square", "triangle"]
+    assert (tmp_path / "classes.txt").read_text().split() == ["background", "circle",
+                                                              "square", "triangle"]
     for number, scene in enumerate(expected(), 1):
         assert np.array_equal(Image.open(tmp_path / f"masks/train/{number:04}.png"), scene.mask)
 
@@ -677,7 +731,8 @@ def test_cifar10_is_taken_in_the_block_only(tmp_path):
         train, test = (torchvision.datasets.CIFAR10(tmp_path, train=o) for o in (True, False))
         raise KeyboardInterrupt
     assert {k: vars(torchvision.datasets.CIFAR10)[k] for k in kept} == kept
-    with pytest.raises(RuntimeError, match="not found or corrupted"): torchvision.datasets.CIFAR10(tmp_path)
+    with pytest.raises(RuntimeError, match="not found or corrupted"):
+        torchvision.datasets.CIFAR10(tmp_path)
     for data, n, split in ((train, 11, 0), (test, 4, 1)):
         scenes = make_shapes(n, 32, 10, max_objects=1, seed=(3, split))
         assert data.targets == [o.label for o in scenes]
@@ -693,4 +748,5 @@ def test_other_builtin_data_sets(name, tmp_path):
 
 
 def test_cifar10_of_less_than_its_five_parts(tmp_path):
-    with pytest.raises(ValueError, match="n must be at least 5.*got 4"): write_builtin(tmp_path, "CIFAR10", n=4)
+    with pytest.raises(ValueError, match="n must be at least 5.*got 4"):
+        write_builtin(tmp_path, "CIFAR10", n=4)

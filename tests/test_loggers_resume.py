@@ -1,4 +1,5 @@
-"A run that was killed goes on in the same TensorBoard, CSV, MLflow and W&B run, with no step twice and none missing."
+"""A run that was killed goes on in the same TensorBoard, CSV, MLflow and W&B run, with no step
+twice and none missing."""
 import json
 import os
 import pickle
@@ -18,7 +19,8 @@ import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from autotimm.loggers import LoggerConfig, LoggerManager, continue_logger, create_logger, logger_identity, logger_state, restart_logger
+from autotimm.loggers import (LoggerConfig, LoggerManager, continue_logger, create_logger,
+                              logger_identity, logger_state, restart_logger)
 
 KINDS = ("tensorboard", "csv", "mlflow", "wandb")
 EPOCHS, STEPS = 3, 6
@@ -45,7 +47,8 @@ class Line(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), 0.02)
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4), "interval": "step"}]
+        return ([optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4),
+                               "interval": "step"}])
 
 
 class Identities(pl.Callback):
@@ -65,8 +68,10 @@ class Identities(pl.Callback):
 
 def configs(root: Path) -> list[LoggerConfig]:
     "The loggers of a user's script."
-    own = {"tensorboard": {"save_dir": str(root / "tensorboard")}, "csv": {"save_dir": str(root / "csv")},
-           "mlflow": {"experiment_name": "e", "save_dir": str(root / "mlflow")}, "wandb": {"project": "p", "save_dir": str(root / "wandb"), "offline": True}}
+    own = {"tensorboard": {"save_dir": str(root / "tensorboard")},
+           "csv": {"save_dir": str(root / "csv")},
+           "mlflow": {"experiment_name": "e", "save_dir": str(root / "mlflow")},
+           "wandb": {"project": "p", "save_dir": str(root / "wandb"), "offline": True}}
     return [LoggerConfig(kind, own[kind]) for kind in KINDS]
 
 
@@ -78,11 +83,15 @@ def main(settings: dict) -> None:
     path = root / "checkpoints" / settings["resume"] if settings.get("resume") else None
     if path is not None:
         checkpoint = torch.load(path, weights_only=True)
-        for logger, identity in zip(loggers, checkpoint["loggers"]): continue_logger(logger, identity, checkpoint["global_step"])
+        for logger, identity in zip(loggers, checkpoint["loggers"]):
+            continue_logger(logger, identity, checkpoint["global_step"])
     callbacks = [LearningRateMonitor(), Identities(settings.get("kill")),
-                 ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=5, save_top_k=-1)]
-    trainer = pl.Trainer(max_epochs=EPOCHS, logger=loggers, callbacks=callbacks, log_every_n_steps=1, accelerator="cpu",
-                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+                 ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=5,
+                                 save_top_k=-1)]
+    trainer = pl.Trainer(max_epochs=EPOCHS, logger=loggers, callbacks=callbacks,
+                         log_every_n_steps=1, accelerator="cpu",
+                         enable_progress_bar=False, enable_model_summary=False,
+                         num_sanity_val_steps=0)
     data = [DataLoader(TensorDataset(x.repeat(n, 1)), 2) for n in (STEPS, 1)]
     trainer.fit(Line(), *data, ckpt_path=path)
 
@@ -107,7 +116,8 @@ def tensorboard_rows(root: Path) -> list[Rows]:
     runs = []
     for folder in sorted((root / "tensorboard").rglob("version_*")):
         reader = EventAccumulator(str(folder), {"scalars": 0}).Reload()
-        runs.append([(tag, o.step, o.value) for tag in reader.Tags()["scalars"] for o in reader.Scalars(tag)])
+        runs.append([(tag, o.step, o.value) for tag in reader.Tags()["scalars"]
+                     for o in reader.Scalars(tag)])
     return runs
 
 
@@ -116,7 +126,8 @@ def csv_rows(root: Path) -> list[Rows]:
     runs = []
     for path in sorted((root / "csv").rglob("metrics.csv")):
         with open(path, newline="") as file:
-            runs.append([(k, int(row["step"]), float(v)) for row in csv.DictReader(file) for k, v in row.items() if v and k != "step"])
+            runs.append([(k, int(row["step"]), float(v)) for row in csv.DictReader(file)
+                         for k, v in row.items() if v and k != "step"])
     return runs
 
 
@@ -124,7 +135,8 @@ def mlflow_rows(root: Path) -> list[Rows]:
     import sqlite3
     with sqlite3.connect(root / "mlflow" / "mlflow.db") as base:
         runs = [o[0] for o in base.execute("select run_uuid from runs")]
-        return [base.execute("select key, step, value from metrics where run_uuid = ?", [o]).fetchall() for o in runs]
+        return [base.execute("select key, step, value from metrics where run_uuid = ?",
+                             [o]).fetchall() for o in runs]
 
 
 def wandb_rows(root: Path) -> list[Rows]:
@@ -132,14 +144,19 @@ def wandb_rows(root: Path) -> list[Rows]:
     from autotimm.loggers import _wandb_rows
     runs: dict[str, Rows] = {}
     for path in sorted((root / "wandb").glob("wandb/offline-run-*/*.wandb")):
-        runs.setdefault(path.stem, []).extend((k, row["trainer/global_step"], row[k]) for row in _wandb_rows(path)
-                                              for k in row if k[0] != "_" and k != "trainer/global_step")
+        runs.setdefault(path.stem, []).extend((k, row["trainer/global_step"], row[k])
+                                              for row in _wandb_rows(path)
+                                              for k in row
+                                              if k[0] != "_" and k != "trainer/global_step")
     return list(runs.values())
 
 
-ROWS = {"tensorboard": tensorboard_rows, "csv": csv_rows, "mlflow": mlflow_rows, "wandb": wandb_rows}
-# killed at the end of an epoch before its values are logged; killed two epochs after the checkpoint, and a second time before the next one
-CASES = {"epoch": ("step=10.ckpt", ["epoch", 1]), "twice": ("step=5.ckpt", ["step", 13], ["step", 9])}
+ROWS = {"tensorboard": tensorboard_rows, "csv": csv_rows, "mlflow": mlflow_rows,
+        "wandb": wandb_rows}
+# killed at the end of an epoch before its values are logged; killed two epochs after the
+# checkpoint, and a second time before the next one
+CASES = {"epoch": ("step=10.ckpt", ["epoch", 1]),
+         "twice": ("step=5.ckpt", ["step", 13], ["step", 9])}
 
 
 @pytest.fixture(scope="module")
@@ -148,13 +165,19 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     processes: list[dict] = [{"root": str(folder / "whole")}]
     for case, (checkpoint, *kills) in CASES.items():
-        processes += [{"root": str(folder / case), "kill": kill, "resume": checkpoint if i else None} for i, kill in enumerate([*kills, None])]
-    # Earlier tests of this process leave a W&B service, which takes a killed run for one at work, and a place for MLflow's runs.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_SERVICE", "MLFLOW_"))}
-    env = {**inherited, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-    done = subprocess.run([sys.executable, __file__, json.dumps(processes)], env=env, capture_output=True, text=True, timeout=600)
+        processes += [{"root": str(folder / case), "kill": kill, "resume": checkpoint if i
+                       else None} for i, kill in enumerate([*kills, None])]
+    # Earlier tests of this process leave a W&B service, which takes a killed run for one at work,
+    # and a place for MLflow's runs.
+    inherited = {k: v for k, v in os.environ.items()
+                 if not k.startswith(("WANDB_SERVICE", "MLFLOW_"))}
+    env = {**inherited, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1",
+           "WANDB_SILENT": "true"}
+    done = subprocess.run([sys.executable, __file__, json.dumps(processes)], env=env,
+                          capture_output=True, text=True, timeout=600)
     expected = [-signal.SIGKILL if o.get("kill") else 0 for o in processes]
-    assert json.loads(done.stdout.splitlines()[-1]) == expected and "begins a new run" not in done.stderr, done.stderr[-4000:]
+    assert json.loads(
+        done.stdout.splitlines()[-1]) == expected and "begins a new run" not in done.stderr, done.stderr[-4000:]
     return folder
 
 
@@ -164,8 +187,10 @@ def test_one_run_with_each_step_once(folder, kind, case):
     (whole,), (resumed,) = ROWS[kind](folder / "whole"), ROWS[kind](folder / case)
     assert Counter(o[:2] for o in resumed) == Counter(o[:2] for o in whole)
     assert max(Counter(o[:2] for o in resumed if o[0] != "epoch").values()) == 1
-    # what Lightning averages over an epoch begins again where it is resumed: that is the trainer's to mend
-    assert {o for o in resumed if o[0] != "train/loss_epoch"} == {o for o in whole if o[0] != "train/loss_epoch"}
+    # what Lightning averages over an epoch begins again where it is resumed: that is the trainer's
+    # to mend
+    assert {o for o in resumed if o[0] != "train/loss_epoch"} == {o for o in whole
+                                                                  if o[0] != "train/loss_epoch"}
     assert {"train/loss_step", "train/loss_epoch", "val/loss", "epoch"} <= {o[0] for o in resumed}
 
 
@@ -179,7 +204,8 @@ def config_of(kind: str, root: Path) -> LoggerConfig: return configs(root)[KINDS
 
 
 def finish(logger, step: int) -> None:
-    "End a W&B run, and wait for its last row: `finish` does not wait for the file of an offline run."
+    """End a W&B run, and wait for its last row: `finish` does not wait for the file of an offline
+    run."""
     from autotimm.loggers import _wandb_rows
     run = logger.experiment
     run.finish()
@@ -216,7 +242,8 @@ def test_an_identity_is_plain_and_says_nothing_of_the_machine(tmp_path, kind):
     identity = begun(kind, tmp_path)
     torch.save(identity, tmp_path / "identity.pt")
     assert torch.load(tmp_path / "identity.pt", weights_only=True) == identity
-    assert not any(o in str(identity) for o in (str(tmp_path), str(Path.home()), getpass.getuser(), socket.gethostname()))
+    assert not any(o in str(identity) for o in (str(tmp_path), str(Path.home()),
+                                                getpass.getuser(), socket.gethostname()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,7 +252,8 @@ def test_a_continued_logger_can_be_pickled_and_begins_another_run_for_another_mo
     state = logger_state(logger)
     continue_logger(logger, identity, 5)
     assert logger.version == identity["version"]
-    if kind != "mlflow": pickle.loads(pickle.dumps(logger))      # Lightning's MLflow logger cannot be pickled once it has begun
+    # Lightning's MLflow logger cannot be pickled once it has begun
+    if kind != "mlflow": pickle.loads(pickle.dumps(logger))
     log(logger, *range(5, 9))
     restart_logger(logger, state)
     log(logger, *range(3))
@@ -236,10 +264,11 @@ def test_a_continued_logger_can_be_pickled_and_begins_another_run_for_another_mo
 def test_a_run_whose_files_are_gone_begins_anew_and_says_so(tmp_path, kind):
     import shutil
     identity = begun(kind, tmp_path)
-    if kind == "mlflow": identity["version"] = "0" * 32           # MLflow keeps a store open that is gone
+    if kind == "mlflow": identity["version"] = "0" * 32  # MLflow keeps a store open that is gone
     else: shutil.rmtree(tmp_path / kind)
     logger = create_logger(config_of(kind, tmp_path))
-    with pytest.warns(UserWarning, match="begins a new run: nothing is left of") as caught: continue_logger(logger, identity, 5)
+    with pytest.warns(UserWarning, match="begins a new run: nothing is left of") as caught:
+        continue_logger(logger, identity, 5)
     assert len([o for o in caught if "new run" in str(o.message)]) == 1
     log(logger, 5, 6)
     assert [5, 6] in [sorted({o[1] for o in rows}) for rows in ROWS[kind](tmp_path)]
@@ -259,26 +288,32 @@ def test_the_same_logger_goes_back_to_a_checkpoint(tmp_path, kind):
     assert sorted(o[1] for o in rows if o[0] == "loss") == list(range(10))
 
 
-@pytest.mark.parametrize("kind,name", [("tensorboard", "version"), ("csv", "version"), ("wandb", "id")])
+@pytest.mark.parametrize("kind,name", [("tensorboard", "version"), ("csv", "version"),
+                                       ("wandb", "id")])
 def test_a_run_that_the_script_names_is_taken(tmp_path, kind, name):
     identity, config = begun(kind, tmp_path), config_of(kind, tmp_path)
     logger = create_logger(LoggerConfig(kind, {**config.params, name: "mine"}))
-    with pytest.warns(UserWarning, match="it writes to 'mine'"): continue_logger(logger, identity, 5)
+    with pytest.warns(UserWarning, match="it writes to 'mine'"):
+        continue_logger(logger, identity, 5)
     assert logger.version == "mine" and "log_metrics" not in vars(logger)
     same = create_logger(LoggerConfig(kind, {**config.params, name: identity["version"]}))
     continue_logger(same, identity, 5)
     log(same, *range(5, 9))
-    assert Counter(o[1] for rows in ROWS[kind](tmp_path) for o in rows if o[0] == "loss") == dict.fromkeys(range(9), 1)
+    assert Counter(o[1] for rows in ROWS[kind](tmp_path) for o in rows
+                   if o[0] == "loss") == dict.fromkeys(range(9), 1)
 
 
 def test_other_loggers_and_names_begin_anew(tmp_path):
     identity = begun("csv", tmp_path)
-    with pytest.warns(UserWarning, match="was logged by CSVLogger"): continue_logger(create_logger(config_of("tensorboard", tmp_path)), identity, 5)
+    with pytest.warns(UserWarning, match="was logged by CSVLogger"):
+        continue_logger(create_logger(config_of("tensorboard", tmp_path)), identity, 5)
     with pytest.warns(UserWarning, match="its name is 'b'"):
-        continue_logger(create_logger(LoggerConfig("csv", {"save_dir": str(tmp_path), "name": "b"})), identity, 5)
+        continue_logger(create_logger(LoggerConfig("csv", {"save_dir": str(tmp_path),
+                                                           "name": "b"})), identity, 5)
     class Own(pl.loggers.logger.DummyLogger): pass
     assert logger_identity(Own()) == {"logger": "Own"}
-    with pytest.warns(UserWarning, match="only TensorBoardLogger, CSVLogger"): continue_logger(Own(), {"logger": "Own"}, 5)
+    with pytest.warns(UserWarning, match="only TensorBoardLogger, CSVLogger"):
+        continue_logger(Own(), {"logger": "Own"}, 5)
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "csv"])
@@ -292,14 +327,16 @@ def test_values_with_steps_of_their_own_stay(tmp_path, kind):
     continue_logger(logger, identity, 2)
     log(logger, 2)
     (rows,) = ROWS[kind](tmp_path)
-    assert sorted(o[1] for o in rows if o[0] == "val/batch") == list(range(9)) and sorted(o[1] for o in rows if o[0] == "loss") == [0, 1, 2]
+    assert (sorted(o[1] for o in rows if o[0] == "val/batch") == list(range(9))
+            and sorted(o[1] for o in rows if o[0] == "loss") == [0, 1, 2])
 
 
 def test_pictures_come_once_in_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     first, logger = (create_logger(config_of("tensorboard", tmp_path)) for _ in range(2))
     def draw(logger, *steps):
-        for step in steps: logger.experiment.add_image("picture", np.full((3, 4, 4), step / 10), step)
+        for step in steps:
+            logger.experiment.add_image("picture", np.full((3, 4, 4), step / 10), step)
     draw(first, 0, 1)
     identity = logger_identity(first)
     draw(first, 2, 3)
@@ -319,7 +356,8 @@ def test_prefixes(tmp_path):
     identity = {**logger_identity(first), "until": 1}
     continue_logger(logger, identity, 2)
     log(logger, 1, 2)                                              # step 1 is there
-    assert [o[:2] for o in csv_rows(tmp_path)[0] if o[0] == "a-loss"] == [("a-loss", 0), ("a-loss", 1), ("a-loss", 2)]
+    assert [o[:2] for o in csv_rows(tmp_path)[0]
+            if o[0] == "a-loss"] == [("a-loss", 0), ("a-loss", 1), ("a-loss", 2)]
 
 
 @pytest.mark.parametrize("damage", ["cut", "killed", "empty"])
@@ -327,13 +365,14 @@ def test_a_csv_that_a_kill_has_cut_short(tmp_path, damage):
     identity, logger = begun("csv", tmp_path), create_logger(config_of("csv", tmp_path))
     (path,) = tmp_path.rglob("metrics.csv")
     if damage == "cut": path.write_bytes(path.read_bytes()[:-3])             # inside its last row
-    if damage == "killed": path.rename(path.with_name("metrics.part"))       # while it was written anew
+    if damage == "killed": path.rename(path.with_name("metrics.part"))  # while it was written anew
     if damage == "empty":
         path.unlink()
         identity["until"] = 0
     continue_logger(logger, identity, 5)
     log(logger, *range(5, 9))
-    assert [o[1] for o in csv_rows(tmp_path)[0] if o[0] == "loss"] == list(range(0 if damage != "empty" else 5, 9))
+    assert [o[1] for o in csv_rows(tmp_path)[0]
+            if o[0] == "loss"] == list(range(0 if damage != "empty" else 5, 9))
     assert [o.name for o in path.parent.iterdir()] == ["metrics.csv"]
 
 
@@ -350,16 +389,22 @@ def test_mlflow_keeps_the_hyperparameters_of_a_run_and_begins_another_for_a_dele
     first, logger = (create_logger(config_of("mlflow", tmp_path)) for _ in range(2))
     first.log_hyperparams({"lr": 0.1})
     continue_logger(logger, logger_identity(first), 5)
-    with pytest.warns(UserWarning, match="MLflow keeps the hyperparameters"): logger.log_hyperparams({"lr": 0.2})
+    with pytest.warns(UserWarning, match="MLflow keeps the hyperparameters"):
+        logger.log_hyperparams({"lr": 0.2})
     assert logger.experiment.get_run(logger.run_id).data.params == {"lr": "0.1"}
     other = create_logger(config_of("mlflow", tmp_path))
     other.experiment.delete_run(first.run_id)
-    with pytest.warns(UserWarning, match="nothing is left of"): continue_logger(logger := create_logger(config_of("mlflow", tmp_path)), logger_identity(first), 5)
+    with pytest.warns(UserWarning, match="nothing is left of"):
+        continue_logger(logger := create_logger(config_of("mlflow", tmp_path)),
+                        logger_identity(first), 5)
     assert logger.run_id != first.run_id
 
 
 def test_two_mlflow_loggers_of_a_process_keep_to_their_stores(tmp_path):
-    for name in "ab": log(create_logger(LoggerConfig("mlflow", {"experiment_name": "e", "save_dir": str(tmp_path / name / "mlflow")})), 0, 1)
+    for name in "ab":
+        log(create_logger(LoggerConfig("mlflow",
+                                       {"experiment_name": "e",
+                                        "save_dir": str(tmp_path / name / "mlflow")})), 0, 1)
     assert [len({o[1] for o in mlflow_rows(tmp_path / name)[0]}) for name in "ab"] == [2, 2]
 
 
@@ -381,12 +426,15 @@ def test_the_history_of_an_online_wandb_run(monkeypatch):
     from autotimm.loggers import _continue_wandb
     run = SimpleNamespace(offline=False, resumed=True, path="me/p/1")
     rows = [{"loss": 0.5, "val": None, "trainer/global_step": 4, "_timestamp": 7.0}, {"gpu": 1.0}]
-    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(run={"me/p/1": SimpleNamespace(scan_history=lambda: rows)}.get))
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(
+        run={"me/p/1": SimpleNamespace(scan_history=lambda: rows)}.get))
     assert ("loss", 4, 7.0) in _continue_wandb(SimpleNamespace(experiment=run), None)
-    assert {o[0] for o in _continue_wandb(SimpleNamespace(experiment=run), None)} == {"loss", "trainer/global_step", "_timestamp"}
+    assert ({o[0] for o in _continue_wandb(SimpleNamespace(experiment=run), None)}
+            == {"loss", "trainer/global_step", "_timestamp"})
     def refuse(path): raise wandb.errors.CommError("no")
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(run=refuse))
-    with pytest.warns(UserWarning, match="may be logged twice"): assert _continue_wandb(SimpleNamespace(experiment=run), None) == []
+    with pytest.warns(UserWarning, match="may be logged twice"):
+        assert _continue_wandb(SimpleNamespace(experiment=run), None) == []
 
 
 def test_other_ranks_touch_no_file(tmp_path, monkeypatch):

@@ -87,8 +87,10 @@ def as_tensors(file, results):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Images of several sizes, two of them without objects, four classes of which one is never found, crowds, the areas of the
-    masks, and one image with more than a hundred detections of a class; what is found is shifted, repeated, of another class."""
+    """Images of several sizes, two of them without objects, four classes of which one is never
+    found, crowds, the areas of the
+    masks, and one image with more than a hundred detections of a class; what is found is shifted,
+    repeated, of another class."""
     file = tmp_path_factory.mktemp("coco") / "instances.json"
     results = coco_file(file)
     with redirect_stdout(io.StringIO()): preds, targets = as_tensors(file, results)
@@ -160,7 +162,8 @@ def test_a_manager_logs_pycocotools_numbers(found, manager):
     manager.update("val", *halves[0])
     manager.reset("val")
     assert manager.compute("val") == {}
-    assert (manager.prog_bar("val/map"), list(manager.stage_metrics("val"))) == (True, ["map", "mask_map"])
+    assert ((manager.prog_bar("val/map"), list(manager.stage_metrics("val")))
+            == (True, ["map", "mask_map"]))
 
 
 def test_without_the_extra_a_detector_has_no_metrics(found):
@@ -169,7 +172,8 @@ def test_without_the_extra_a_detector_has_no_metrics(found):
     with absent, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nothing = MetricManager(None, 3, task="detection")
-        assert (nothing.configs, nothing.update("val", preds, targets), nothing.compute("val")) == ([], {}, {})
+        assert (nothing.configs, nothing.update("val", preds, targets),
+                nothing.compute("val")) == ([], {}, {})
         with pytest.raises(ImportError, match="autotimm.detection"):
             MetricManager([named("MeanAveragePrecision")], 3, task="detection")
     assert [c.name for c in MetricManager(None, 3, task="detection").configs] == ["map"]
@@ -177,7 +181,8 @@ def test_without_the_extra_a_detector_has_no_metrics(found):
 
 def test_mistakes_with_detections(found, manager):
     *_, preds, targets = found
-    step = MetricConfig("map", "torchmetrics", "MeanAveragePrecision", {}, ["val"], log_on_step=True)
+    step = MetricConfig("map", "torchmetrics", "MeanAveragePrecision", {}, ["val"],
+                        log_on_step=True)
     for wrong in (lambda: MetricManager([], 3, task="detection"),
                   lambda: MetricManager([step], 3, task="detection"),
                   lambda: MetricManager([named("Accuracy")], 3, task="detection"),
@@ -210,9 +215,12 @@ def test_crowded_images_give_the_same_by_both_backends():
         corner = torch.arange(n)[:, None] % 10 * 50.0 + spread * torch.randn(n, 2)
         return dict(boxes=torch.cat([corner, corner + 40 + spread * torch.rand(n, 2)], 1),
                     labels=torch.arange(n) % 10, scores=torch.rand(n))
-    preds, targets = ([crowd(n, spread) for _ in range(50)] for n, spread in ((100, 4.0), (10, 0.0)))
+    preds, targets = ([crowd(n, spread) for _ in range(50)]
+                      for n, spread in ((100, 4.0), (10, 0.0)))
     values = []
     for backend in ("faster_coco_eval", "pycocotools"):
-        config = MetricConfig("map", "torchmetrics", "MeanAveragePrecision", {"backend": backend}, ["val"])
-        values.append(epoch(MetricManager([config], 10, task="detection"), [(preds, targets)])["val/map"])
+        config = MetricConfig("map", "torchmetrics", "MeanAveragePrecision", {"backend": backend},
+                              ["val"])
+        values.append(epoch(MetricManager([config], 10, task="detection"),
+                            [(preds, targets)])["val/map"])
     close(*values, eps=1e-6)

@@ -53,11 +53,13 @@ class Cell:
     @property
     def public(self) -> list[ast.stmt]:
         "Public functions and classes that it defines."
-        return [o for o in self.tree.body if isinstance(o, DEFINITIONS) and not o.name.startswith("_")]
+        return [o for o in self.tree.body if isinstance(o, DEFINITIONS)
+                and not o.name.startswith("_")]
 
     @property
     def lines(self) -> int:
-        "Lines of code: neither blank nor directives; of a signature one counts, of a docstring none."
+        """Lines of code: neither blank nor directives; of a signature one counts, of a docstring
+        none."""
         spared: set[int] = set()
         for o in ast.walk(self.tree):
             if not isinstance(o, DEFINITIONS): continue
@@ -83,7 +85,8 @@ SEEN = "\n".join(c.source for o in NOTEBOOKS for c in cells(o) if c.is_visible)
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda o: o.stem)
 def test_the_title_and_its_line_stand_alone(path):
-    "nbdev makes front matter of the first cell, and what else stands there is missing from the page."
+    """nbdev makes front matter of the first cell, and what else stands there is missing from the
+    page."""
     first, second = cells(path)[:2]
     assert first.kind == "markdown"
     assert re.fullmatch(r"# .+\n\n> .+(\n\n(- \w+: .+\n?)+)?", first.source), first.source
@@ -91,7 +94,8 @@ def test_the_title_and_its_line_stand_alone(path):
 
 
 def test_each_notebook_has_a_number_of_its_own():
-    "The first figure is its floor: core, backbones, parts, data, prediction, out, tasks, training, doors."
+    """The first figure is its floor: core, backbones, parts, data, prediction, out, tasks,
+    training, doors."""
     counts = Counter(o.stem[:2] for o in NBS.glob("[0-9][0-9]_*.ipynb"))
     assert counts and set(counts.values()) == {1}
 
@@ -103,7 +107,8 @@ def test_the_sidebar_holds_each_page_once():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda o: o.stem)
 def test_no_line_of_code_is_wider_than_the_page(path):
-    assert [o for c in cells(path) if c.kind == "code" for o in c.source.splitlines() if len(o) > 100] == []
+    assert [o for c in cells(path) if c.kind == "code" for o in c.source.splitlines()
+            if len(o) > 100] == []
 
 
 def test_rooms_are_small():
@@ -134,7 +139,8 @@ def test_an_example_follows():
         for i, cell in enumerate(every):
             if not cell.is_exported or not cell.public: continue
             after = [c.source for c in every[i + 1:] if c.is_visible][:2]
-            shown.append(any(re.search(rf"\b{o.name}\b", text) for o in cell.public for text in after))
+            shown.append(any(re.search(rf"\b{o.name}\b", text) for o in cell.public
+                             for text in after))
     assert sum(shown) / len(shown) >= SHOWN
 
 
@@ -147,7 +153,8 @@ def test_there_is_prose():
 
 def test_methods_are_shown():
     "By a call, or by `show_doc`."
-    lacking = [f"{o.name}.{m.name}" for c in EXPORTED for o in c.public if isinstance(o, ast.ClassDef)
+    lacking = [f"{o.name}.{m.name}" for c in EXPORTED for o in c.public
+               if isinstance(o, ast.ClassDef)
                for m in o.body if isinstance(m, DEFINITIONS) and not m.name.startswith("_")
                and m.name != "forward" and not re.search(rf"\.{m.name}\b", SEEN)]
     assert len(lacking) <= METHODS_WITHOUT_EXAMPLE, lacking
@@ -159,13 +166,16 @@ def test_every_public_name_has_an_example():
 
 
 RETIRED = ["it takes all that takes, and any LightningModule", "has no box loss left",
-           "What a model with classes has more than one without", "must have seen as many images each",
-           "of little use to who did not train the model", "a place that answers for", "as sure as it is right"]
+           "What a model with classes has more than one without",
+           "must have seen as many images each",
+           "of little use to who did not train the model", "a place that answers for",
+           "as sure as it is right"]
 
 
 @pytest.mark.parametrize("sentence", RETIRED)
 def test_riddles_do_not_come_back(sentence):
-    assert [o.stem for o in NOTEBOOKS for c in cells(o) if sentence.lower() in c.source.lower()] == []
+    assert [o.stem for o in NOTEBOOKS for c in cells(o)
+            if sentence.lower() in c.source.lower()] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda o: o.stem)

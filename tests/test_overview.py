@@ -1,7 +1,10 @@
-"""Every Python block of the overview that concerns classification runs as written, in order, in one namespace.
+"""Every Python block of the overview that concerns classification runs as written, in order, in one
+namespace.
 
-The blocks are taken out of `../shared/overview.md` where it stands. Their Hub ids are served by a `LocalHub` with tiny
-weights, CIFAR10 is written in its real on-disk format with the checksums patched, and batches, epochs, batch size and
+The blocks are taken out of `../shared/overview.md` where it stands. Their Hub ids are served by a
+`LocalHub` with tiny
+weights, CIFAR10 is written in its real on-disk format with the checksums patched, and batches,
+epochs, batch size and
 tuner trials are limited. Nothing else is changed.
 """
 import ast
@@ -18,7 +21,8 @@ import autotimm
 from autotimm.testing import LocalHub, accept_builtin, write_cifar10
 
 OVERVIEW = Path(__file__).parents[2] / "shared" / "overview.md"
-pytestmark = pytest.mark.skipif(not OVERVIEW.exists(), reason="the overview does not stand beside this checkout")
+pytestmark = pytest.mark.skipif(not OVERVIEW.exists(),
+                                reason="the overview does not stand beside this checkout")
 TICKS = "# AutoTimm dependencies"  # a list of ticks and crosses, no Python
 SEGMENTATION = "SemanticSegmentor"  # runs once the dense tasks stand
 
@@ -43,18 +47,21 @@ def limited(monkeypatch, tmp_path):
     "Limits on batches, epochs, batch size and tuner trials; a working folder; CIFAR10's checksums."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    trainer_init, data_init, tuner_init = (autotimm.AutoTrainer.__init__, autotimm.ImageDataModule.__init__,
+    trainer_init, data_init, tuner_init = (autotimm.AutoTrainer.__init__,
+                                           autotimm.ImageDataModule.__init__,
                                            autotimm.TunerConfig.__init__)
 
     def trainer(self, *args, **kwargs):
         kwargs["max_epochs"] = min(kwargs.get("max_epochs", 10), 2)
-        trainer_init(self, *args, **{**kwargs, "limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1})
+        trainer_init(self, *args, **{**kwargs, "limit_train_batches": 2, "limit_val_batches": 1,
+                                     "limit_test_batches": 1})
 
     def data(self, *args, **kwargs): data_init(self, *args, **{**kwargs, "batch_size": 2})
 
     def tuner(self, *args, **kwargs):
         tuner_init(self, *args, **{**kwargs, "lr_find_kwargs": {"num_training": 6},
-                                   "batch_size_kwargs": {"init_val": 2, "max_trials": 1, "steps_per_trial": 1}})
+                                   "batch_size_kwargs": {"init_val": 2, "max_trials": 1,
+                                                         "steps_per_trial": 1}})
 
     monkeypatch.setattr(autotimm.AutoTrainer, "__init__", trainer)
     monkeypatch.setattr(autotimm.ImageDataModule, "__init__", data)
@@ -69,7 +76,8 @@ def hub():
     with LocalHub() as hub:
         hub.add_timm("timm/resnet50.a1_in1k", "test_resnet", num_classes=1000)
         hub.add_timm("timm/convnext_base.fb_in22k_ft_in1k", "test_convnext", num_classes=1000)
-        small = dict(hidden_size=768, num_hidden_layers=1, num_attention_heads=12, intermediate_size=64)
+        small = dict(hidden_size=768, num_hidden_layers=1, num_attention_heads=12,
+                     intermediate_size=64)
         hub.add_transformers("google/vit-base-patch16-224", transformers.ViTConfig(**small))
         hub.add_transformers("microsoft/beit-base-patch16-224", transformers.BeitConfig(**small))
         yield hub
@@ -82,7 +90,8 @@ def prelude(block: str, space: dict, root: Path) -> None:
     if "train_loader" in block:
         torch.manual_seed(0)
         data = TensorDataset(torch.randn(8, 3, 224, 224), torch.arange(8) % 10)
-        space["train_loader"], space["val_loader"] = DataLoader(data, batch_size=2), DataLoader(data, batch_size=2)
+        space["train_loader"], space["val_loader"] = (DataLoader(data, batch_size=2),
+                                                      DataLoader(data, batch_size=2))
 
 
 def check(block: str, space: dict, before: dict, warned: list[str]) -> None:
@@ -93,7 +102,8 @@ def check(block: str, space: dict, before: dict, warned: list[str]) -> None:
     assert trainer.global_step > 0
     if "# All three work with PyTorch Lightning!" in block:
         # One trainer, two models: the second is trained in full too.
-        assert trainer.global_step == 2 * trainer.max_epochs and trainer.lightning_module is space["vit_model"]
+        assert (trainer.global_step == 2 * trainer.max_epochs
+                and trainer.lightning_module is space["vit_model"])
     if "trainer.fit(model, train_loader, val_loader)" in block:
         said = [w for w in warned if "val/accuracy" in w and "train/loss" in w]
         assert len(said) == 1, warned

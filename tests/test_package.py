@@ -1,4 +1,5 @@
-"""What the package promises as a package: layout, lazy names, wheel, settings, the order of the notebooks."""
+"""What the package promises as a package: layout, lazy names, wheel, settings, the order of the
+notebooks."""
 import ast
 import configparser
 import importlib
@@ -20,7 +21,8 @@ PACKAGE = ROOT / "autotimm"
 
 def python(code: str, **env: str) -> str:
     "What a fresh interpreter prints."
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd="/")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, **env}, cwd="/")
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -35,7 +37,8 @@ def test_import_is_light():
 
 def stub(path: Path) -> dict[str, str]:
     "Public name -> the module that it comes from, as the stub of a package says."
-    return {a.asname or a.name: f"{'.'.join(path.relative_to(ROOT).parent.parts)}.{n.module}" for n in ast.parse(path.read_text()).body
+    return {a.asname or a.name: f"{'.'.join(path.relative_to(ROOT).parent.parts)}.{n.module}"
+            for n in ast.parse(path.read_text()).body
             if isinstance(n, ast.ImportFrom) and n.module for a in n.names}
 
 
@@ -44,13 +47,16 @@ STUBS = sorted(PACKAGE.rglob("__init__.pyi"))
 
 @pytest.mark.parametrize("path", STUBS, ids=lambda o: o.parent.name)
 def test_the_stub_of_a_package_is_what_it_holds(path):
-    "Type checkers, `__all__`, `dir` and what is imported at use agree, and each name comes from where it is defined."
+    """Type checkers, `__all__`, `dir` and what is imported at use agree, and each name comes from
+    where it is defined."""
     package = importlib.import_module(".".join(path.relative_to(ROOT).parent.parts))
     names = stub(path)
     assert names and sorted(names) == sorted(package.__all__)
     for name, place in names.items():
-        assert getattr(package, name) is getattr(importlib.import_module(place), name) and name in dir(package)
-        assert getattr(getattr(package, name), "__module__", place) == place, f"{name} is defined elsewhere"
+        assert getattr(package, name) is getattr(importlib.import_module(place),
+                                                 name) and name in dir(package)
+        assert getattr(getattr(package, name), "__module__",
+                       place) == place, f"{name} is defined elsewhere"
 
 
 NAMES = """
@@ -93,7 +99,8 @@ MODULES = """backbones boxes core data export head heads hub loggers loss losses
 @pytest.mark.parametrize("name", sorted(stub(PACKAGE / "__init__.pyi")) + MODULES)
 def test_every_public_name_resolves(name):
     assert getattr(autotimm, name) is not None
-    if name not in ("head", "loss", "metric", "metrics_module", "task"): assert name in dir(autotimm)
+    if name not in ("head", "loss", "metric", "metrics_module", "task"):
+        assert name in dir(autotimm)
 
 
 def test_aliases_are_the_same_module():
@@ -116,13 +123,16 @@ def test_settings_are_the_one_source():
     parser.read(ROOT / "settings.ini")
     settings, project = parser["DEFAULT"], tomllib.loads((ROOT / "pyproject.toml").read_text())
     nbdev = project["tool"]["nbdev"]
-    for key in ("lib_path", "nbs_path", "doc_path", "readme_nb", "title", "branch"): assert settings[key] == nbdev[key]
-    for key in ("put_version_in_init", "custom_sidebar", "recursive", "clean_ids", "clear_all", "jupyter_hooks"):
+    for key in ("lib_path", "nbs_path", "doc_path", "readme_nb", "title", "branch"):
+        assert settings[key] == nbdev[key]
+    for key in ("put_version_in_init", "custom_sidebar", "recursive", "clean_ids",
+                "clear_all", "jupyter_hooks"):
         assert settings.getboolean(key) == nbdev[key]
     assert settings["tst_flags"].split() == nbdev["tst_flags"]
     assert project["project"]["name"] == settings["lib_name"]
     assert project["project"]["requires-python"] == f">={settings['min_python']}"
-    urls = {"Repository": settings["git_url"], "Documentation": settings["doc_host"] + settings["doc_baseurl"]}
+    urls = {"Repository": settings["git_url"],
+            "Documentation": settings["doc_host"] + settings["doc_baseurl"]}
     assert project["project"]["urls"] == urls
     assert autotimm.__version__ == settings["version"]
 
@@ -138,7 +148,8 @@ def numbers() -> dict[str, int]:
 
 
 def imported(module: str) -> list[str]:
-    "Modules of this package that a module imports, inside functions too; nbdev writes them as relative imports."
+    """Modules of this package that a module imports, inside functions too; nbdev writes them as
+    relative imports."""
     found = []
     for node in ast.walk(ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())):
         if isinstance(node, ast.Import): found += [a.name for a in node.names]
@@ -158,22 +169,31 @@ def test_a_module_imports_only_lower_numbers():
 
 
 def private_imports(path: Path) -> list[str]:
-    "Names with an underscore that a file takes from another module of this package, by import or as an attribute of a module."
+    """Names with an underscore that a file takes from another module of this package, by import or
+    as an attribute of a module."""
     tree, modules, found = ast.parse(path.read_text()), set(), []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).split(".")[0] == "autotimm"):
-            found += [f"{path.name}:{node.lineno} {a.name}" for a in node.names if a.name.startswith("_")]
+        if isinstance(node, ast.ImportFrom) and (node.level
+                                                 or str(node.module).split(".")[0] == "autotimm"):
+            found += [f"{path.name}:{node.lineno} {a.name}" for a in node.names
+                      if a.name.startswith("_")]
             modules |= {a.asname or a.name for a in node.names}
-        elif isinstance(node, ast.Import): modules |= {a.asname or a.name for a in node.names if a.name.split(".")[0] == "autotimm"}
+        elif isinstance(node, ast.Import):
+            modules |= {a.asname or a.name for a in node.names
+                        if a.name.split(".")[0] == "autotimm"}
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"): continue
-        if ast.unparse(node.value) in modules: found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
+        if (not isinstance(node, ast.Attribute) or not node.attr.startswith("_")
+            or node.attr.startswith("__")):
+            continue
+        if ast.unparse(node.value) in modules:
+            found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
     return found
 
 
 def test_no_module_takes_private_names_of_another(tmp_path):
     bad = tmp_path / "bad.py"
-    bad.write_text("from .hub import _fetch\nfrom autotimm import hub, _x\nimport autotimm.core as core\nhub._find, core._y, core.__name__\n")
+    bad.write_text("from .hub import _fetch\nfrom autotimm import hub, _x\nimport autotimm.core as "
+                   "core\nhub._find, core._y, core.__name__\n")
     assert [o.split()[1] for o in private_imports(bad)] == ["_fetch", "_x", "hub._find", "core._y"]
     assert [o for path in PACKAGE.rglob("*.py") for o in private_imports(path)] == []
 
@@ -190,21 +210,27 @@ def test_nothing_catches_everything():
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler):
-                names = [n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)] if node.type else [""]
-                assert not {"", "Exception", "BaseException"} & set(names), f"{path.name}:{node.lineno}"
+                names = [n.id for n in ast.walk(node.type)
+                         if isinstance(n, ast.Name)] if node.type else [""]
+                assert not {"", "Exception",
+                            "BaseException"} & set(names), f"{path.name}:{node.lineno}"
 
 
 def test_the_wheel_holds_every_module(tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT],
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation",
+                    "-q", "-w", tmp_path, ROOT],
                    check=True, capture_output=True)
     wheel, = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py")} | {str(p.relative_to(ROOT)) for p in STUBS} | {"autotimm/py.typed"}
+    wanted = ({str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py")}
+              | {str(p.relative_to(ROOT)) for p in STUBS} | {"autotimm/py.typed"})
     assert wanted <= held
 
 
-@pytest.mark.parametrize("extra", ["transformers", "datasets", "tensorboard", "wandb", "mlflow", "detection",
-                                   "albumentations", "onnx", "pandas", "cli", "serve", "demo", "dev", "all"])
+@pytest.mark.parametrize("extra", ["transformers", "datasets", "tensorboard", "wandb",
+                                   "mlflow", "detection",
+                                   "albumentations", "onnx", "pandas", "cli", "serve",
+                                   "demo", "dev", "all"])
 def test_extras_are_declared(extra):
     from importlib.metadata import metadata
     assert extra in metadata("autotimm").get_all("Provides-Extra")

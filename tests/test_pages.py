@@ -31,7 +31,8 @@ def paragraphs(page: Page) -> list[str]:
 
 
 def test_no_paragraph_is_lost(site):
-    lost = [f"{page.name}: {o[:80]}" for page in site.pages for o in paragraphs(page) if o not in page.text]
+    lost = [f"{page.name}: {o[:80]}" for page in site.pages for o in paragraphs(page)
+            if o not in page.text]
     assert lost == []
 
 
@@ -41,7 +42,8 @@ def test_pictures_are_there(site):
         for picture in page.html.find_all("img"):
             source = picture.get("src", "")
             goal = site.target(page, source) if not source.startswith("data:") else page
-            if not isinstance(goal, Page) and not (isinstance(goal, Path) and goal.is_file()): missing.append(f"{page.name}: {source}")
+            if not isinstance(goal, Page) and not (isinstance(goal, Path) and goal.is_file()):
+                missing.append(f"{page.name}: {source}")
     assert missing == []
 
 
@@ -53,7 +55,9 @@ def test_links_lead_somewhere(site):
             goal = site.target(page, href)
             if goal is None: ok = bool(re.match(r"https?://[\w.-]+(/|$)|mailto:", path))
             elif isinstance(goal, Page): ok = not part or unquote(part) in goal.anchors
-            elif goal.suffix == ".py": ok = goal.is_file() and int(part.lstrip("L") or 1) <= len(goal.read_text().splitlines())
+            elif goal.suffix == ".py":
+                ok = goal.is_file() and int(part.lstrip("L")
+                                            or 1) <= len(goal.read_text().splitlines())
             else: ok = goal.exists()
             if not ok: broken.append(f"{page.name}: {href}")
     assert broken == []
@@ -64,14 +68,18 @@ def outputs(page: Page) -> list[str]:
     found = []
     for cell in page.notebook.cells:
         for made in cell.get("outputs", []):
-            found += [made.get("text", ""), made.get("data", {}).get("text/plain", "") if "text/markdown" not in made.get("data", {}) else ""]
+            found += [made.get("text", ""), made.get("data", {}).get("text/plain", "")
+                      if "text/markdown" not in made.get("data", {}) else ""]
     return ["".join(o) for o in found]
 
 
 def test_outputs_hold_no_traceback_and_no_path(site):
-    errors = [page.name for page in site.pages for cell in page.notebook.cells for o in cell.get("outputs", []) if o.output_type == "error"]
-    bad = re.compile(r"Traceback \(most recent|/home/\w|/root/\w|/Users/\w|/tmp/\w|site-packages|Warning: |<ipython-input")
-    assert errors + [f"{page.name}: {found[0]}" for page in site.pages for o in outputs(page) if (found := bad.search(o))] == []
+    errors = [page.name for page in site.pages for cell in page.notebook.cells
+              for o in cell.get("outputs", []) if o.output_type == "error"]
+    bad = re.compile(
+        r"Traceback \(most recent|/home/\w|/root/\w|/Users/\w|/tmp/\w|site-packages|Warning: |<ipython-input")
+    assert errors + [f"{page.name}: {found[0]}" for page in site.pages for o in outputs(page)
+                     if (found := bad.search(o))] == []
 
 
 def test_no_line_is_cut(site):
@@ -90,10 +98,13 @@ def public(path: Path) -> list[str]:
     "Public functions, classes and methods of a module."
     found = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"): continue
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
         found.append(node.name)
         for inner in node.body if isinstance(node, ast.ClassDef) else []:
-            if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_") and inner.name != "forward": found.append(f"{node.name}.{inner.name}")
+            if (isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_")
+                and inner.name != "forward"):
+                found.append(f"{node.name}.{inner.name}")
     return found
 
 
@@ -104,7 +115,9 @@ def test_every_public_name_has_its_entry(site):
         found = re.search(r"#\|\s*default_exp ([\w.]+)", page.source.read_text(encoding="utf-8"))
         if not found: continue
         entries = page.anchors
-        tables = {code.get_text().split("(")[0].split(".")[-1] for cell in page.html.find_all("td") for code in cell.find_all("code")}
+        tables = {code.get_text().split("(")[0].split(".")[-1] for cell in page.html.find_all("td")
+                  for code in cell.find_all("code")}
         for name in public(PACKAGE / f"{found[1].replace('.', '/')}.py"):
-            if name.lower() not in entries and name.split(".")[-1] not in tables: lacking.append(f"{page.name}: {name}")
+            if name.lower() not in entries and name.split(".")[-1] not in tables:
+                lacking.append(f"{page.name}: {name}")
     assert lacking == []

@@ -47,12 +47,14 @@ def test_every_example_runs(tmp_path, monkeypatch):
     init = autotimm.AutoTrainer.__init__
 
     def limited(self, *args, **kwargs):
-        init(self, *args, **{**kwargs, "max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1})
+        init(self, *args, **{**kwargs, "max_epochs": 1, "limit_train_batches": 2,
+                             "limit_val_batches": 1})
 
     monkeypatch.setattr(autotimm.AutoTrainer, "__init__", limited)
     tuner = autotimm.TunerConfig.__init__
     monkeypatch.setattr(autotimm.TunerConfig, "__init__",
-                        lambda self, *a, **kw: tuner(self, *a, **{**kw, "lr_find_kwargs": {"num_training": 8}}))
+                        lambda self, *a,
+                        **kw: tuner(self, *a, **{**kw, "lr_find_kwargs": {"num_training": 8}}))
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len(blocks) == 6
     space: dict = {}
@@ -66,16 +68,21 @@ def test_every_example_runs(tmp_path, monkeypatch):
                 assert space["trainer"].global_step == 1 or space["trainer"].global_step == 2
                 assert space["model"].class_names == space["data"].class_names
             if number == 2: assert space["best"].class_names == space["data"].class_names
-            if number == 3: assert isinstance(space["model"](torch.zeros(1, 3, 224, 224)), torch.Tensor)
+            if number == 3:
+                assert isinstance(space["model"](torch.zeros(1, 3, 224, 224)), torch.Tensor)
             if number == 4:
                 assert space["trainer"].logged_metrics["val/map"] >= 0
                 assert space["detector"].class_names == space["cells"].class_names
             if number == 5:
-                assert len(space["found"]) == 8 and (tmp_path / "found.csv").read_text().count("\n") == 9
+                assert len(space["found"]) == 8 and (tmp_path
+                                                     / "found.csv").read_text().count("\n") == 9
                 x = torch.randn(2, 3, 224, 224)
                 with torch.no_grad(): wanted = space["best"](x)
                 for place in ("ants-bees", "you/ants-bees"):
-                    with torch.no_grad(): assert torch.equal(autotimm.ImageClassifier.from_pretrained(place)(x), wanted)
-                assert [o.label for o in autotimm.load_onnx("ants-bees.onnx").predict("photos/val")] == \
+                    with torch.no_grad():
+                        assert torch.equal(autotimm.ImageClassifier.from_pretrained(place)(x),
+                                           wanted)
+                assert [o.label
+                        for o in autotimm.load_onnx("ants-bees.onnx").predict("photos/val")] == \
                     [o.label for o in space["best"].predict("photos/val")]
     assert space["trainer"].lightning_module is not None

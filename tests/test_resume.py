@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 def start(*paths: Path) -> subprocess.CompletedProcess:
     "Runs, each in a process of its own."
     env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(HERE / "resume_run.py"), *map(str, paths)], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, str(HERE / "resume_run.py"), *map(str, paths)],
+                          env=env, capture_output=True, text=True, timeout=300)
 
 
 def settings_of(folder: Path, kill: tuple[int, int] = (2, 1), **settings) -> list[Path]:
@@ -28,33 +29,41 @@ def settings_of(folder: Path, kill: tuple[int, int] = (2, 1), **settings) -> lis
         root = folder / ("whole" if name == "whole" else "broken")
         root.mkdir(parents=True, exist_ok=True)
         paths.append(folder / f"{name}.json")
-        paths[-1].write_text(json.dumps({"root": str(root), "out": str(folder / f"{name}.pt"), **settings, **more}))
+        paths[-1].write_text(json.dumps({"root": str(root), "out": str(folder / f"{name}.pt"),
+                                         **settings, **more}))
     return paths
 
 
 def assert_same(folder: Path) -> tuple[dict, dict]:
     "The unbroken run and the resumed one came to the same."
     whole, resumed = torch.load(folder / "whole.pt"), torch.load(folder / "resumed.pt")
-    for name, tensor in whole["weights"].items(): assert torch.equal(tensor, resumed["weights"][name]), name
+    for name, tensor in whole["weights"].items():
+        assert torch.equal(tensor, resumed["weights"][name]), name
     assert whole["history"] == resumed["history"]
-    assert (whole["epoch"], whole["step"], whole["best"]) == (resumed["epoch"], resumed["step"], resumed["best"])
+    assert (whole["epoch"], whole["step"], whole["best"]) == (resumed["epoch"], resumed["step"],
+                                                              resumed["best"])
     return whole, resumed
 
 
 CASES = {
-    "plain": {}, "workers": {"workers": 2}, "own_sampler": {"workers": 2, "sampler": True, "draws": True},
+    "plain": {}, "workers": {"workers": 2}, "own_sampler": {"workers": 2, "sampler": True,
+                                                            "draws": True},
     "plateau": {"schedule": "plateau"}, "rare_validation": {"schedule": "plateau", "every": 2},
-    "accumulate": {"schedule": "step", "accumulate": 3, "seed": 7}, "max_steps": {"steps": 14, "draws": True}, "ema": {"ema": True},
+    "accumulate": {"schedule": "step", "accumulate": 3, "seed": 7},
+    "max_steps": {"steps": 14, "draws": True}, "ema": {"ema": True},
     "tuned": {"tune": True, "kill": (2, 0)},
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    "All cases, run one after the other: each run in a process of its own, killed where it is to be."
+    """All cases, run one after the other: each run in a process of its own, killed where it is to
+    be."""
     folder = tmp_path_factory.mktemp("runs")
-    done = start(*(path for name, settings in CASES.items() for path in settings_of(folder / name, **settings)))
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, -signal.SIGKILL, 0] * len(CASES), done.stderr[-4000:]
+    done = start(*(path for name, settings in CASES.items()
+                   for path in settings_of(folder / name, **settings)))
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, -signal.SIGKILL,
+                                                        0] * len(CASES), done.stderr[-4000:]
     return folder
 
 
@@ -64,30 +73,36 @@ def test_kill_and_resume_to_the_same_weights(runs, case): assert_same(runs / cas
 
 def test_resuming_skips_the_search_and_keeps_what_it_found(runs):
     whole, resumed = assert_same(runs / "tuned")
-    assert whole["lr"] == resumed["lr"] != "auto" and whole["batch_size"] == resumed["batch_size"] == 32
+    assert (whole["lr"] == resumed["lr"] != "auto"
+            and whole["batch_size"] == resumed["batch_size"] == 32)
 
 
 def test_two_processes(tmp_path):
     done = [start(path) for path in settings_of(tmp_path, devices=2, strategy="ddp", epochs=3)]
-    assert [o.returncode for o in done] == [0, -signal.SIGKILL, 0], "".join(o.stderr for o in done)[-4000:]
+    assert [o.returncode for o in done] == [0, -signal.SIGKILL,
+                                            0], "".join(o.stderr for o in done)[-4000:]
     assert_same(tmp_path)
 
 
 @pytest.fixture
 def make(tmp_path):
-    return lambda **kwargs: AutoTrainer(**{"max_epochs": 2, "default_root_dir": str(tmp_path), **QUIET, **kwargs})
+    return lambda **kwargs: AutoTrainer(**{"max_epochs": 2, "default_root_dir": str(tmp_path),
+                                           **QUIET, **kwargs})
 
 
 def test_last_without_one_is_an_error(make):
-    with pytest.raises(FileNotFoundError, match=r"there is no last.ckpt under .*checkpoints"): make().fit(Full(), *loaders(), ckpt_path="last")
-    with pytest.raises(FileNotFoundError, match="not kept a best"): make().fit(Full(), *loaders(), ckpt_path="best")
+    with pytest.raises(FileNotFoundError, match=r"there is no last.ckpt under .*checkpoints"):
+        make().fit(Full(), *loaders(), ckpt_path="last")
+    with pytest.raises(FileNotFoundError, match="not kept a best"):
+        make().fit(Full(), *loaders(), ckpt_path="best")
 
 
 def test_last_is_the_newest_of_the_root_and_its_run_goes_on(make, tmp_path):
     for _ in range(2): make().fit(Full(), *loaders())
     trainer = make(max_epochs=3)
     trainer.fit(Full(), *loaders(), ckpt_path="last")
-    assert trainer.run_folder == tmp_path / "checkpoints" / "version_1" and trainer.current_epoch == 3
+    assert (trainer.run_folder == tmp_path / "checkpoints" / "version_1"
+            and trainer.current_epoch == 3)
     assert [row["epoch"] for row in trainer.history] == [0, 1, 2]
     assert len(list(tmp_path.rglob("last.ckpt"))) == 2
 
@@ -127,7 +142,8 @@ def test_a_model_of_another_shape_is_refused(make):
             super().__init__()
             self.net[4] = torch.nn.Linear(16, 5)
     make().fit(Full(), *loaders())
-    with pytest.raises(RuntimeError, match="size mismatch"): make().fit(Wider(), *loaders(), ckpt_path="last")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make().fit(Wider(), *loaders(), ckpt_path="last")
 
 
 def test_a_kill_while_writing_leaves_the_last_file_whole(tmp_path):
@@ -145,8 +161,10 @@ torch.save = half
 AutoTrainer(max_epochs=3, default_root_dir={str(tmp_path)!r}, checkpoint_monitor=None, **QUIET).fit(Full(), *loaders())
 """
     env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True,
+                          timeout=120).returncode == -signal.SIGKILL
     trainer = AutoTrainer(max_epochs=3, default_root_dir=str(tmp_path), **QUIET)
     trainer.fit(Full(), *loaders(), ckpt_path="last")
     assert [row["epoch"] for row in trainer.history] == [0, 1, 2]
-    assert sorted(o.name for o in trainer.run_folder.iterdir() if not o.name.startswith("best")) == ["last.ckpt"]
+    assert sorted(o.name for o in trainer.run_folder.iterdir()
+                  if not o.name.startswith("best")) == ["last.ckpt"]

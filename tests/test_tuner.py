@@ -15,7 +15,8 @@ from small_models import QUIET, Full, Plain, WithRate, loaders, patterns, same_w
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from autotimm.trainer import AutoTrainer
-from autotimm.tuning import (CudaMemory, Data, HostMemory, SizeTrial, TunerConfig, alone, find_rate, find_size, memory_of,
+from autotimm.tuning import (CudaMemory, Data, HostMemory, SizeTrial, TunerConfig, alone,
+                             find_rate, find_size, memory_of,
                              resized_loaders, run_trial)
 
 HERE = Path(__file__).parent
@@ -26,7 +27,8 @@ BOTH = TunerConfig(True, True, RATE.lr_find_kwargs, SIZE.batch_size_kwargs)
 
 @pytest.fixture
 def make(tmp_path):
-    return lambda **kwargs: AutoTrainer(**{"max_epochs": 1, "default_root_dir": str(tmp_path), **QUIET, **kwargs})
+    return lambda **kwargs: AutoTrainer(**{"max_epochs": 1, "default_root_dir": str(tmp_path),
+                                           **QUIET, **kwargs})
 
 
 class Seen(pl.Callback):
@@ -61,14 +63,16 @@ class Stream(IterableDataset):
 def test_rate_of_a_module_without_lr_keeps_the_ratios(make):
     class Groups(Plain):
         def configure_optimizers(self):
-            optimizer = torch.optim.SGD([dict(params=self.net[0].parameters(), lr=1e-4), dict(params=[*self.net[1:].parameters()], lr=1e-3)])
+            optimizer = torch.optim.SGD([dict(params=self.net[0].parameters(), lr=1e-4),
+                                         dict(params=[*self.net[1:].parameters()], lr=1e-3)])
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
     seen = Seen()
     trainer = make(tuner_config=RATE, callbacks=[seen], max_epochs=2)
     trainer.fit(Groups(), loaders()[0])
     found = trainer.lr_finder.suggestion
     assert found > 1e-3
-    assert seen.rates[0] == pytest.approx([found / 10, found]) and seen.rates[-1] == pytest.approx([found / 20, found / 2])
+    assert (seen.rates[0] == pytest.approx([found / 10, found])
+            and seen.rates[-1] == pytest.approx([found / 20, found / 2]))
     assert len(trainer.lr_finder.plot().axes) == 1
 
 
@@ -78,8 +82,10 @@ def test_rate_of_a_module_with_lr_is_set_on_it(make, lr):
     trainer = make(tuner_config=None if lr == "auto" else RATE, callbacks=[seen])
     trainer.fit(model, *loaders())
     found = trainer.tuning.lr.suggestion
-    assert model.hparams.lr == pytest.approx(found) and seen.rates[0] == pytest.approx([found / 10, found])
-    assert torch.load(trainer.last_model_path, weights_only=True)["hyper_parameters"]["lr"] == pytest.approx(found)
+    assert (model.hparams.lr == pytest.approx(found)
+            and seen.rates[0] == pytest.approx([found / 10, found]))
+    assert torch.load(trainer.last_model_path,
+                      weights_only=True)["hyper_parameters"]["lr"] == pytest.approx(found)
 
 
 @pytest.mark.parametrize("schedule", ["one_cycle", "warmup", "timm"])
@@ -89,12 +95,18 @@ def test_rate_reaches_the_schedulers(make, schedule):
     class Scheduled(Plain):
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
-            if schedule == "one_cycle": scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=8)
-            elif schedule == "timm": scheduler = CosineLRScheduler(optimizer, 8, warmup_t=3, warmup_lr_init=1e-6, warmup_prefix=True, t_in_epochs=False)
+            if schedule == "one_cycle":
+                scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=8)
+            elif schedule == "timm":
+                scheduler = CosineLRScheduler(optimizer, 8, warmup_t=3, warmup_lr_init=1e-6,
+                                              warmup_prefix=True, t_in_epochs=False)
             else:
                 warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=3)
-                scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)], [3])
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+                scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer,
+                                                                  [warm,
+                                                                   torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)], [3])
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler,
+                                                             "interval": "step"}}
         def lr_scheduler_step(self, scheduler, metric):
             scheduler.step_update(self.global_step) if schedule == "timm" else scheduler.step()
     seen = Seen()
@@ -105,8 +117,10 @@ def test_rate_reaches_the_schedulers(make, schedule):
 
 
 def test_size_of_bare_loaders(make):
-    train = DataLoader(patterns(64), 8, sampler=RandomSampler(range(64), generator=torch.Generator().manual_seed(1)), drop_last=True,
-                       collate_fn=lambda batch: tuple(torch.stack([torch.as_tensor(o[i]) for o in batch]) for i in (0, 1)))
+    train = DataLoader(patterns(64), 8, sampler=RandomSampler(range(64),
+                                                              generator=torch.Generator().manual_seed(1)), drop_last=True,
+                       collate_fn=lambda batch: tuple(
+                           torch.stack([torch.as_tensor(o[i]) for o in batch]) for i in (0, 1)))
     val = DataLoader(patterns(32, 2), 8)
     seen, state = Seen(), train.sampler.generator.get_state()
     trainer = make(tuner_config=SIZE, callbacks=[seen])
@@ -117,18 +131,22 @@ def test_size_of_bare_loaders(make):
     assert trainer.val_dataloaders.batch_size == 32 and (train.batch_size, val.batch_size) == (8, 8)
     other = torch.Generator()
     other.set_state(state)
-    assert torch.equal(torch.randperm(64, generator=other), torch.randperm(64, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.randperm(64, generator=other),
+                       torch.randperm(64, generator=torch.Generator().manual_seed(1)))
     assert len(trainer.tuning.batch_size.plot().axes) == 1
 
 
-@pytest.mark.parametrize("data", [Numbers("auto"), Numbers(8), Fixed()], ids=["auto", "number", "no_attribute"])
+@pytest.mark.parametrize("data", [Numbers("auto"), Numbers(8), Fixed()],
+                         ids=["auto", "number", "no_attribute"])
 def test_size_of_data_modules(make, data):
     seen = Seen()
-    trainer = make(tuner_config=SIZE if getattr(data, "batch_size", 0) != "auto" else None, callbacks=[seen])
+    trainer = make(tuner_config=SIZE if getattr(data, "batch_size", 0) != "auto" else None,
+                   callbacks=[seen])
     trainer.fit(Full(), datamodule=data)
     expected = 64 if isinstance(data, Numbers) and trainer.tuner_config is None else 32
     assert seen.sizes == [expected] * (64 // expected)
-    if isinstance(data, Numbers): assert data.batch_size == data.hparams.batch_size == expected and data.trainer is trainer
+    if isinstance(data, Numbers):
+        assert data.batch_size == data.hparams.batch_size == expected and data.trainer is trainer
 
 
 def test_loaders_of_the_module_itself(make):
@@ -155,7 +173,8 @@ def test_auto_is_searched_again_for_a_second_model(make):
 def test_it_says_what_it_found(make, capsys):
     make(tuner_config=BOTH).fit(Full(), *loaders())
     said = capsys.readouterr().out
-    assert "Batch size 32: 32 is the most that max_val" in said and "Learning rate " in said and "searched in" in said
+    assert ("Batch size 32: 32 is the most that max_val" in said and "Learning rate " in said
+            and "searched in" in said)
 
 
 def test_the_found_rate_trains_well(make):
@@ -178,9 +197,11 @@ def test_search_changes_nothing(make, tmp_path):
             self.calls.append(batch_idx)
             return super().training_step(batch, batch_idx)
     pl.seed_everything(1, verbose=False)
-    first, (train, val) = Counting().eval(), loaders(worker_init_fn=None, generator=torch.Generator().manual_seed(2))
+    first, (train, val) = Counting().eval(), loaders(worker_init_fn=None,
+                                                     generator=torch.Generator().manual_seed(2))
     second = copy.deepcopy(first)
-    fixed = TunerConfig(True, True, {"num_training": 1, "min_lr": 0.01, "max_lr": 0.1}, {"steps_per_trial": 2, "max_val": 16})
+    fixed = TunerConfig(True, True, {"num_training": 1, "min_lr": 0.01, "max_lr": 0.1},
+                        {"steps_per_trial": 2, "max_val": 16})
     torch.manual_seed(3)
     make(tuner_config=fixed).fit(first, train, val)
     train.generator.manual_seed(2)
@@ -216,12 +237,16 @@ def test_a_model_that_cannot_be_copied_is_put_back(make, kind):
     import threading
     model = WithRate("auto")
     if kind == "locked": model.lock = threading.Lock()
-    if kind == "patched": model.configure_optimizers = lambda: torch.optim.Adam(model.parameters(), lr=model.hparams.lr)
+    if kind == "patched":
+        model.configure_optimizers = lambda: torch.optim.Adam(model.parameters(),
+                                                              lr=model.hparams.lr)
     given = torch.compile(model, backend="eager") if kind == "compiled" else model
     fixed = TunerConfig(True, False, {"num_training": 1, "min_lr": 0.01, "max_lr": 0.1})
     plain = WithRate(0.01)
     plain.load_state_dict(model.state_dict())
-    if kind == "patched": plain.configure_optimizers = lambda: torch.optim.Adam(plain.parameters(), lr=plain.hparams.lr)
+    if kind == "patched":
+        plain.configure_optimizers = lambda: torch.optim.Adam(plain.parameters(),
+                                                              lr=plain.hparams.lr)
     make(tuner_config=fixed, seed=1).fit(given, *loaders())
     make(seed=1).fit(plain, *loaders())
     assert model.hparams.lr == pytest.approx(0.01) and same_weights(model, plain)
@@ -236,7 +261,8 @@ class Manual(Full):
 
 
 class NoLoss(Full):
-    def training_step(self, batch, batch_idx): return super().training_step(batch, batch_idx) * float("nan")
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * float("nan")
 
 
 class NoOptimizer(Full):
@@ -264,17 +290,20 @@ def test_what_cannot_be_tuned(make, model, train, config, text):
     weights = copy.deepcopy(module.state_dict())
     trainer = make(tuner_config=config)
     with pytest.raises(ValueError, match=text): trainer.fit(module, train)
-    assert trainer.global_step == 0 and all(torch.equal(v, weights[k]) for k, v in module.state_dict().items())
+    assert trainer.global_step == 0 and all(torch.equal(v, weights[k])
+                                            for k, v in module.state_dict().items())
 
 
 def test_rate_alone_is_searched_on_streams(make):
-    trainer = make(tuner_config=TunerConfig(True, False, {"num_training": 5, "min_lr": 1e-4, "max_lr": 0.01}))
+    trainer = make(tuner_config=TunerConfig(True, False,
+                                            {"num_training": 5, "min_lr": 1e-4, "max_lr": 0.01}))
     trainer.fit(Full(), DataLoader(Stream(), 4))
     assert math.isfinite(trainer.lr_finder.suggestion)
 
 
 def test_off_and_auto_exclude_each_other(make):
-    with pytest.raises(ValueError, match="lr='auto' and batch_size='auto' asks for a search, and tuner_config=False"):
+    with pytest.raises(ValueError, match="lr='auto' and batch_size='auto' asks for a search, and "
+                                         "tuner_config=False"):
         make(tuner_config=False).fit(WithRate("auto"), datamodule=Numbers("auto"))
     trainer = make(tuner_config=False)
     trainer.fit(WithRate(0.01), *loaders())
@@ -373,7 +402,8 @@ def test_validation_must_fit_too(make):
     assert found.suggestion == 8 and found.reason == "16 runs out of memory"
     assert Eval.sizes == [(0, n, False, False) for n in (2, 2, 4, 8, 16, 8)]
     Eval.sizes.clear()                               # of another size than the training's: as it is
-    assert find_size(make(), Eval(), Data(train, DataLoader(patterns(32, 2), 4)), config).suggestion == 64
+    assert find_size(make(), Eval(), Data(train, DataLoader(patterns(32, 2), 4)),
+                     config).suggestion == 64
     assert {n for _, n, *_ in Eval.sizes} == {4}
     Eval.sizes.clear()
     assert find_size(make(limit_val_batches=0), Eval(), Data(*loaders()), config).suggestion == 64
@@ -381,12 +411,14 @@ def test_validation_must_fit_too(make):
 
 
 def test_a_gpu_keeps_a_tenth_of_its_memory(make, monkeypatch):
-    "A stand-in of 8 GB, of which 1 GB is another process's; the weights take 5 GB, and a sample 40 MB."
+    """A stand-in of 8 GB, of which 1 GB is another process's; the weights take 5 GB, and a sample
+    40 MB."""
     cuda, calls, size = torch.cuda, [], []
     class Stepping(Full):
         def training_step(self, batch, batch_idx):
             size.append(len(batch[0]))
-            if 5000 + 40 * size[-1] > 7000: raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+            if 5000 + 40 * size[-1] > 7000:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
             return super().training_step(batch, batch_idx)
     monkeypatch.setattr(cuda, "empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
@@ -394,16 +426,20 @@ def test_a_gpu_keeps_a_tenth_of_its_memory(make, monkeypatch):
     monkeypatch.setattr(cuda, "memory_reserved", lambda device: 500 * 10**6)
     monkeypatch.setattr(cuda, "max_memory_reserved", lambda device: (5000 + 40 * size[-1]) * 10**6)
     memory = CudaMemory(torch.device("cuda", 0))
-    assert memory.limit == 6300 * 10**6 and CudaMemory(torch.device("cuda", 0), 0.5).limit == 3500 * 10**6
+    assert memory.limit == 6300 * 10**6 and CudaMemory(torch.device("cuda", 0),
+                                                       0.5).limit == 3500 * 10**6
     config = TunerConfig(False, True, None, {"steps_per_trial": 1, "mode": "binsearch"})
     found = find_size(make(), Stepping(), Data(*loaders(256)), config, memory)
-    assert found.suggestion == 32 and found.sizes == [16, 32, 48, 40, 36, 34, 33]     # 64 ran out of memory
+    # 64 ran out of memory
+    assert found.suggestion == 32 and found.sizes == [16, 32, 48, 40, 36, 34, 33]
     assert found.memory[found.sizes.index(48)] == 6920 * 10**6 > memory.limit
-    assert calls[:4] == ["empty", "empty", "empty", "reset"] and calls.count("reset") == len(found.sizes) + 1
+    assert calls[:4] == ["empty", "empty", "empty",
+                         "reset"] and calls.count("reset") == len(found.sizes) + 1
 
 
 def test_callbacks_of_a_search_are_left_alone(make):
-    "Neither the trainer's nor the model's are run; a configure_callbacks of the instance's own stays."
+    """Neither the trainer's nor the model's are run; a configure_callbacks of the instance's own
+    stays."""
     class Refuses(pl.callbacks.WeightAveraging):
         def setup(self, *args): raise AssertionError("was run")
     class Own(Full):
@@ -421,13 +457,16 @@ def test_loaders_are_resized_while_a_block_runs(make):
     trainer, plain = make(), make()
     process = trainer.strategy.process_dataloader
     class Two(Full):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0): super().validation_step(batch, batch_idx)
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
     with resized_loaders(trainer, Data(train), 8): trainer.fit(Two(), train, [val, other])
     assert trainer.strategy.process_dataloader == process
-    assert trainer.train_dataloader.batch_size == 8 and [o.batch_size for o in trainer.val_dataloaders] == [8, 4]
+    assert trainer.train_dataloader.batch_size == 8 and [o.batch_size
+                                                         for o in trainer.val_dataloaders] == [8, 4]
     assert train.batch_size == val.batch_size == 16
     with resized_loaders(plain, Data(train), None): plain.fit(Full(), train, val)
-    assert plain.train_dataloader.dataset is train.dataset and plain.train_dataloader.batch_size == train.batch_size
+    assert (plain.train_dataloader.dataset is train.dataset
+            and plain.train_dataloader.batch_size == train.batch_size)
 
 
 # Several processes
@@ -465,14 +504,17 @@ def run_ddp(tmp_path: Path, strategy: str) -> list[dict]:
 
 def test_two_processes_use_what_the_first_one_found(tmp_path):
     first, second = run_ddp(tmp_path, "ddp")
-    best = first.pop("best"), second.pop("best")     # each process names the file by its own loss; the first one's is there
+    # Each process names the file by its own loss; the first one's is there
+    best = first.pop("best"), second.pop("best")
     assert first == second and first["sizes"] == [32] and first["size"] == 32
-    assert first["rates"][0] == pytest.approx([first["lr"] / 10, first["lr"]]) and best[0].startswith("best-")
+    assert (first["rates"][0] == pytest.approx([first["lr"] / 10, first["lr"]])
+            and best[0].startswith("best-"))
 
 
 def test_spawned_processes_too(tmp_path):
-    (first,) = run_ddp(tmp_path, "ddp_spawn")        # the main process, which trained nothing itself
-    assert first["size"] == 32 and first["lr"] > 0 and first["history"] == 1 and first["best"].startswith("best-")
+    (first,) = run_ddp(tmp_path, "ddp_spawn")  # the main process, which trained nothing itself
+    assert (first["size"] == 32 and first["lr"] > 0 and first["history"] == 1
+            and first["best"].startswith("best-"))
 
 
 FOLDS = """
@@ -520,10 +562,12 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("start", ["script", "torchrun"])
 def test_folds_on_two_processes(tmp_path, start):
-    "A search finds the same for all: in a group that is there already, when it fails for one, and when it takes longer than the group waits."
+    """A search finds the same for all: in a group that is there already, when it fails for one, and
+    when it takes longer than the group waits."""
     if start == "script": first, second = run_script(tmp_path, FOLDS, "1800", "0")
     else:
-        launcher = "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+                    "--rdzv-endpoint=localhost:0")
         first, second = run_script(tmp_path, FOLDS, "10", "15", launcher=launcher)
     assert first == second and first[1] is True
     for rate, size, sizes, rates in (first[0], first[2]):
@@ -532,7 +576,8 @@ def test_folds_on_two_processes(tmp_path, start):
 
 def test_a_search_looks_alone_and_comes_back(tmp_path):
     distributed = torch.distributed
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0,
+                                   world_size=1)
     try:
         group = distributed.group.WORLD
         with pytest.raises(OSError), alone():

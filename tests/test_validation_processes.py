@@ -1,4 +1,5 @@
-"`AutoTrainer` on several processes sees each image of a validation once: the numbers are those of one process."
+"""`AutoTrainer` on several processes sees each image of a validation once: the numbers are those of
+one process."""
 import json
 import os
 import subprocess
@@ -60,7 +61,8 @@ def numbers(folder: Path, devices: int) -> dict[str, dict[str, float]]:
     (folder / "run.py").write_text(SCRIPT)
     out = folder / f"{devices}.json"
     env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, folder / "run.py", folder, str(devices), out], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, folder / "run.py", folder, str(devices), out],
+                          env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())
 
@@ -69,7 +71,8 @@ def numbers(folder: Path, devices: int) -> dict[str, dict[str, float]]:
 def folder(tmp_path_factory) -> Path:
     from autotimm.testing import write_coco, write_folders
     folder = tmp_path_factory.mktemp("data")
-    for n in (5, 1): write_folders(folder / f"folders{n}", splits=dict(train=6, val=n), image_size=40)
+    for n in (5, 1):
+        write_folders(folder / f"folders{n}", splits=dict(train=6, val=n), image_size=40)
     write_coco(folder / "coco", splits=dict(train=4, val=5), image_size=64, num_classes=2)
     return folder
 
@@ -77,6 +80,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("devices", [2, 3])
 def test_a_validation_on_several_processes_is_that_of_one(folder, devices):
-    one = numbers(folder, 1) if not (folder / "1.json").exists() else json.loads((folder / "1.json").read_text())
+    one = (numbers(folder, 1) if not (folder / "1.json").exists()
+           else json.loads((folder / "1.json").read_text()))
     several = numbers(folder, devices)
-    for name, expected in one.items(): assert several[name] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+    for name, expected in one.items():
+        assert several[name] == pytest.approx(expected, rel=1e-5, abs=1e-6), name

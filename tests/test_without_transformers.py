@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GONE = re.compile(r"(transformers|tokenizers|datasets|pandas|albumentations|albucore|onnx|sklearn|scikit_learn|tensorboard|"
+GONE = re.compile(
+    r"(transformers|tokenizers|datasets|pandas|albumentations|albucore|onnx|sklearn|scikit_learn|tensorboard|"
                   r"wandb|mlflow|autotimm)(_\w+)?([-.].*)?$")
 
 
@@ -20,13 +21,16 @@ def bare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bare")
     for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         for entry in Path(place).iterdir():
-            if not GONE.match(entry.name) and not (folder / entry.name).exists(): (folder / entry.name).symlink_to(entry)
-    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+            if not GONE.match(entry.name) and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+            "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run(code: str, cwd: Path, environment: dict[str, str]) -> str:
     "What a fresh interpreter without site packages of its own prints."
-    done = subprocess.run([sys.executable, "-S", "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=cwd,
+    done = subprocess.run([sys.executable, "-S", "-c", textwrap.dedent(code)],
+                          capture_output=True, text=True, cwd=cwd,
                           env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,4 +1,5 @@
-"""Two hosts on one machine: network namespaces with a cable between them, each with addresses and a loopback of its own."""
+"""Two hosts on one machine: network namespaces with a cable between them, each with addresses and a
+loopback of its own."""
 import contextlib
 import os
 import shutil
@@ -22,11 +23,14 @@ class Host:
     address: str
     interface: str
 
-    def start(self, command: Sequence[str], log: Path, env: dict[str, str] | None = None, **kwargs) -> subprocess.Popen:
+    def start(self, command: Sequence[str], log: Path, env: dict[str, str] | None = None,
+              **kwargs) -> subprocess.Popen:
         "Start a program on this host; it writes into `log`."
-        sees = {**os.environ, "GLOO_SOCKET_IFNAME": self.interface, "PET_LOCAL_ADDR": self.address, "OMP_NUM_THREADS": "1", **(env or {})}
+        sees = {**os.environ, "GLOO_SOCKET_IFNAME": self.interface, "PET_LOCAL_ADDR": self.address,
+                "OMP_NUM_THREADS": "1", **(env or {})}
         with log.open("w") as file:
-            return subprocess.Popen(["ip", "netns", "exec", self.name, *command], stdout=file, stderr=subprocess.STDOUT, env=sees,
+            return subprocess.Popen(["ip", "netns", "exec", self.name, *command], stdout=file,
+                                    stderr=subprocess.STDOUT, env=sees,
                                     start_new_session=True, **kwargs)
 
     def cut(self) -> None:
@@ -52,7 +56,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         for host in hosts:
             _ip("netns", "add", host.name)
             stack.callback(_ip, "netns", "del", host.name)
-        _ip("link", "add", hosts[0].interface, "netns", hosts[0].name, "type", "veth", "peer", "name", hosts[1].interface, "netns", hosts[1].name)
+        _ip("link", "add", hosts[0].interface, "netns", hosts[0].name, "type", "veth",
+            "peer", "name", hosts[1].interface, "netns", hosts[1].name)
         for host in hosts:
             _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.interface)
             for link in ("lo", host.interface): _ip("-n", host.name, "link", "set", link, "up")

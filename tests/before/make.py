@@ -1,6 +1,8 @@
-"""Writes what stands in this folder: checkpoints, model folders and a run folder, as they were on 2026-11-30.
+"""Writes what stands in this folder: checkpoints, model folders and a run folder, as they were on
+2026-11-30.
 
-`python tests/before/make.py FOLDER` writes them anew with the code of today. What is kept here is never written over: it says
+`python tests/before/make.py FOLDER` writes them anew with the code of today. What is kept here is
+never written over: it says
 that later versions read what this one wrote. The recipes are used by test_before.py too.
 """
 import json
@@ -35,23 +37,29 @@ CLASSES = ["circle", "square", "triangle"]
 
 def classifier() -> ImageClassifier:
     "With a schedule of steps, a moving average and mixup."
-    return ImageClassifier(BackboneConfig("vit_tiny_patch16_224", False, extra_kwargs=VIT), 3, image_size=24, lr=0.01,
-                           scheduler="cosine", scheduler_kwargs={"warmup_epochs": 1}, ema_decay=0.9, mixup_alpha=0.2)
+    return ImageClassifier(BackboneConfig("vit_tiny_patch16_224", False, extra_kwargs=VIT),
+                           3, image_size=24, lr=0.01,
+                           scheduler="cosine", scheduler_kwargs={"warmup_epochs": 1},
+                           ema_decay=0.9, mixup_alpha=0.2)
 
 
 def detector() -> ObjectDetector:
-    return ObjectDetector(FeatureBackboneConfig("resnet10t", False, extra_kwargs=RESNET), 3, image_size=64, fpn_channels=4,
+    return ObjectDetector(FeatureBackboneConfig("resnet10t", False, extra_kwargs=RESNET),
+                          3, image_size=64, fpn_channels=4,
                           head_num_convs=1, class_names=CLASSES).eval()
 
 
 def photos(folder: Path) -> Path:
     "Sixteen images to train on, six to validate."
-    return write_folders(folder / "photos", splits=dict(train=16, val=6, test=6), image_size=24, max_objects=1)
+    return write_folders(folder / "photos", splits=dict(train=16, val=6, test=6),
+                         image_size=24, max_objects=1)
 
 
 def data_of(name: str, folder: Path) -> dict[str, Any]:
     "What `fit` is given beside the model, four batches an epoch."
-    if name == "classifier": return {"datamodule": ImageDataModule(photos(folder), batch_size=4, num_workers=0, image_size=24)}
+    if name == "classifier":
+        return {"datamodule": ImageDataModule(photos(folder), batch_size=4, num_workers=0,
+                                              image_size=24)}
     return dict(zip(("train_dataloaders", "val_dataloaders"), loaders()))
 
 
@@ -60,7 +68,8 @@ MODELS = {"classifier": classifier, "own": Full}
 
 def probe(name: str) -> Tensor:
     "Two inputs of a model, the same everywhere."
-    shape = {"classifier": (2, 3, 24, 24), "run": (2, 3, 24, 24), "folder": (2, 3, 32, 32), "detector": (2, 3, 64, 64), "own": (2, 8)}[name]
+    shape = {"classifier": (2, 3, 24, 24), "run": (2, 3, 24, 24), "folder": (2, 3, 32, 32),
+             "detector": (2, 3, 64, 64), "own": (2, 8)}[name]
     return torch.arange(torch.Size(shape).numel()).mul(0.37).sin().reshape(shape)
 
 
@@ -79,21 +88,27 @@ class CopyLast(pl.Callback):
 
 
 def make_checkpoints(folder: Path, work: Path, name: str) -> dict[str, Any]:
-    "`NAME_epoch.ckpt` after two of four epochs, `NAME_step.ckpt` two batches later; what the whole run came to."
-    within = pl.callbacks.ModelCheckpoint(work / name, filename="step", every_n_train_steps=2 * STEPS + 2, save_top_k=-1)
-    trainer = AutoTrainer(EPOCHS, default_root_dir=str(work / name), seed=0, callbacks=[within, CopyLast(folder / f"{name}_epoch.ckpt")], **QUIET)
+    """`NAME_epoch.ckpt` after two of four epochs, `NAME_step.ckpt` two batches later; what the
+    whole run came to."""
+    within = pl.callbacks.ModelCheckpoint(work / name, filename="step",
+                                          every_n_train_steps=2 * STEPS + 2, save_top_k=-1)
+    trainer = AutoTrainer(EPOCHS, default_root_dir=str(work / name), seed=0,
+                          callbacks=[within, CopyLast(folder / f"{name}_epoch.ckpt")], **QUIET)
     pl.seed_everything(0, verbose=False)
     model = MODELS[name]()
     trainer.fit(model, **data_of(name, work))
     shutil.copy(work / name / "step.ckpt", folder / f"{name}_step.ckpt")
-    said = {o: answers(type(model).load_from_checkpoint(folder / f"{name}_{o}.ckpt"), name) for o in ("epoch", "step")}
-    return {"answers": said, "history": trainer.history, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
+    said = {o: answers(type(model).load_from_checkpoint(folder / f"{name}_{o}.ckpt"), name)
+            for o in ("epoch", "step")}
+    return {"answers": said, "history": trainer.history,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"]}
 
 
 def make_folders(folder: Path) -> dict[str, Any]:
     "A classifier and a detector, as `save_pretrained` writes them."
     torch.manual_seed(0)
-    model = ImageClassifier(BackboneConfig("resnet10t", False, extra_kwargs=RESNET), 3, image_size=32, class_names=CLASSES).eval()
+    model = ImageClassifier(BackboneConfig("resnet10t", False, extra_kwargs=RESNET), 3,
+                            image_size=32, class_names=CLASSES).eval()
     found = {}
     for name, one in (("folder", model), ("detector", detector())):
         one.save_pretrained(folder / name)

@@ -140,10 +140,10 @@ def test_settings_are_the_one_source():
 def numbers() -> dict[str, int]:
     "Module -> number of its notebook."
     found = {}
-    for notebook in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")):
+    for notebook in sorted((ROOT / "nbs").glob("[0-9][0-9][0-9]_*.ipynb")):
         exported = re.search(r"#\| default_exp ([\w.]+)", notebook.read_text())
         assert exported, f"{notebook.name} exports no module"
-        found[f"autotimm.{exported[1]}"] = int(notebook.name[:2])
+        found[f"autotimm.{exported[1]}"] = int(notebook.name[:3])
     return found
 
 

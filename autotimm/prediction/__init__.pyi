@@ -12,7 +12,6 @@ from .run import (
 )
 from .views import (
     MAX_PIXELS as MAX_PIXELS,
-    Prepare as Prepare,
     PrepareCrops as PrepareCrops,
     PrepareDense as PrepareDense,
     PrepareImage as PrepareImage,

@@ -83,7 +83,7 @@ def fit_temperature(
             optimizer.zero_grad()
             loss = _smoothed_loss(logits / log_t.exp(), targets)
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
         optimizer.step(closure)
     return min(100.0, max(0.01, math.exp(float(log_t.detach()))))
 

@@ -15,7 +15,7 @@ from small_models import QUIET, Full, loaders, patterns, same_weights
 
 
 from autotimm.checkpoints import find_unfinished, read_run
-from autotimm.data import loading
+from autotimm import seeding
 from autotimm.resuming import BATCH, STOPPED, VALIDATION, state
 from autotimm.trainer import AutoTrainer
 
@@ -508,12 +508,12 @@ def test_the_random_numbers_of_a_gpu_before_a_step_that_fails(tmp_path, monkeypa
             return loss
     class Breaks(Draws): failing = 5
     class Works(Draws): failing = -1
-    monkeypatch.setattr(loading, "accelerator_states", lambda: {"cuda": gpu.get_state()})
-    monkeypatch.setattr(state, "accelerator_states", loading.accelerator_states)
-    monkeypatch.setattr(loading, "set_random_states",
-                        lambda states, put_back=loading.set_random_states: (
+    monkeypatch.setattr(seeding, "accelerator_states", lambda: {"cuda": gpu.get_state()})
+    monkeypatch.setattr(state, "accelerator_states", seeding.accelerator_states)
+    monkeypatch.setattr(seeding, "set_random_states",
+                        lambda states, put_back=seeding.set_random_states: (
                             put_back(states), gpu.set_state(states["cuda"])))
-    monkeypatch.setattr(state, "set_random_states", loading.set_random_states)
+    monkeypatch.setattr(state, "set_random_states", seeding.set_random_states)
     def fit(root, model, seed, ckpt=None):
         torch.set_num_threads(1)
         pl.seed_everything(seed, verbose=False)

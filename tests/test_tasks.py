@@ -271,7 +271,7 @@ def targets_at(kind: str, precision: str, trainer_of=pl.Trainer) -> dict:
                 for o in data]
     batches = lambda: DataLoader(data, 2, collate_fn=join if kind != "segmentor" else None)
     if kind != "segmentor":
-        assign, objects = model.predictor.assign, model.objects
+        assign, objects = model.predictor.assign, model.ground_truth
         def assigned(*args):
             out = assign(*args)
             # SimOTA looks at predictions, FCOS at points and boxes alone.
@@ -280,7 +280,7 @@ def targets_at(kind: str, precision: str, trainer_of=pl.Trainer) -> dict:
                                                           out.labels])
             return out
         model.predictor.assign = assigned
-        model.objects = lambda *args: found.setdefault("objects",
+        model.ground_truth = lambda *args: found.setdefault("objects",
                                                        []).append(o := objects(*args)) or o
     trainer = trainer_of(max_epochs=1, precision=precision, callbacks=[keep],
                          num_sanity_val_steps=0, **QUIET)

@@ -121,6 +121,8 @@ class YOLOXDetector(DetectionTask):
     ----------
     model_name : str, default "yolox-s"
         'yolox-nano', '-tiny', '-s', '-m', '-l' or '-x'.
+    backbone : Any
+        Not used: the backbone is that of `model_name`.
     num_classes : int, default 80
         Without a background.
     weights : str | os.PathLike[str] | None, default None
@@ -152,7 +154,7 @@ class YOLOXDetector(DetectionTask):
     nms_thresh : float, default 0.65
         IoU above which the less confident box is dropped.
     image_size : int | tuple[int, int] | None, default None
-        Multiples of 32; None: as published.
+        Pixels, multiples of 32; None for the published size of the model.
     in_chans : int | None, default None
         Channels of the image; None: 3.
     max_detections_per_image : int, default 100
@@ -214,7 +216,7 @@ class YOLOXDetector(DetectionTask):
         ema_decay: float | None = 0.9998,    # of the moving average; None: no average
         score_thresh: float = 0.01,          # least confidence of a detection, 0 to 1
         nms_thresh: float = 0.65,            # IoU above which the less confident box is dropped
-        image_size: int | tuple[int, int] | None = None,  # multiples of 32; None: as published
+        image_size: int | tuple[int, int] | None = None,  # multiples of 32; None: published size
         in_chans: int | None = None,         # channels of the image; None: 3
         **kwargs: Any,
     ):

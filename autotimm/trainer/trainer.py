@@ -11,6 +11,7 @@ __all__ = ['Construction', 'RunTrainer', 'FitTrainer', 'AutoTrainer']
 import contextlib
 import copy
 import functools
+import inspect
 import os
 import signal
 import warnings
@@ -500,3 +501,12 @@ class AutoTrainer(FitTrainer):
                 waiting = self._run_state.release(self)
                 self._end()
                 if waiting: signal.raise_signal(waiting)
+
+# %% ../../nbs/790_trainer.ipynb #9a374c51
+def _show_all_parameters(cls: type) -> None:
+    "Give the constructor the signature of its class, with `self`."
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.Signature([own, *inspect.signature(cls).parameters.values()])
+    cls.__init__.__signature__ = signature  # type: ignore[misc]
+
+_show_all_parameters(AutoTrainer)

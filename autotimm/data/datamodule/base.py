@@ -307,7 +307,7 @@ class LoadingDataModule(PreparedDataModule):
         seed = self.order_seed if train else self.seed
         workers: dict[str, Any] = dict(persistent_workers=self.persistent_workers is not False,
                                        prefetch_factor=self.prefetch_factor)
-        return ImageLoader(dataset, size, num_workers=self.num_workers,
+        return ImageLoader(dataset, batch_size=size, num_workers=self.num_workers,
                            sampler=EpochSampler(source, seed, rank, count, fill=train),
                            collate_fn=partial(collate_samples, join=self.collate),
                            drop_last=train and leaves_one(len(dataset), size, count or 1),

@@ -108,6 +108,7 @@ def _inherited(cls: type, own: list[inspect.Parameter]) -> list[inspect.Paramete
 
 def inherit_signature(
     cls: C,                     # its constructor ends on **kwargs for the base's
+    constructor: bool = False,  # let it show them too, for what reads options off it
 ) -> C:                         # the same class
     "Show the base class's parameters in the signature, in place of `**kwargs`."
     own = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
@@ -117,6 +118,10 @@ def inherit_signature(
         shown = [*first, *_inherited(cls, own), *(p for p in own if p.kind is p.KEYWORD_ONLY)]
     # Set in any case: `inspect` would otherwise find the signature of a base, or of a metaclass.
     cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    if constructor:
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        signature = inspect.Signature([itself, *shown])
+        cls.__init__.__signature__ = signature  # type: ignore[misc, attr-defined]
     return cls
 
 # %% ../nbs/000_core.ipynb #a0ac6d57

@@ -11,7 +11,6 @@ __all__ = ['Construction', 'RunTrainer', 'FitTrainer', 'AutoTrainer']
 import contextlib
 import copy
 import functools
-import inspect
 import os
 import signal
 import warnings
@@ -297,7 +296,8 @@ class FitTrainer(RunTrainer):
         finally: let_lightning_deal(self, False)
 
 # %% ../../nbs/790_trainer.ipynb #1cf593e8
-@inherit_signature
+# The command line makes an option of every parameter of the constructor.
+@functools.partial(inherit_signature, constructor=True)
 class AutoTrainer(FitTrainer):
     """Lightning's `Trainer` with searches, exact resuming, a history, and the best checkpoint.
 
@@ -501,12 +501,3 @@ class AutoTrainer(FitTrainer):
                 waiting = self._run_state.release(self)
                 self._end()
                 if waiting: signal.raise_signal(waiting)
-
-# %% ../../nbs/790_trainer.ipynb #9a374c51
-def _show_all_parameters(cls: type) -> None:
-    "Give the constructor the signature of its class, with `self`."
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    signature = inspect.Signature([own, *inspect.signature(cls).parameters.values()])
-    cls.__init__.__signature__ = signature  # type: ignore[misc]
-
-_show_all_parameters(AutoTrainer)

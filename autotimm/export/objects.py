@@ -43,15 +43,22 @@ def _first_rows(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found = values.sort(dim=1, descending=True, stable=True)
     return found.values[:, :k], found.indices[:, :k]
 
-@torch.library.custom_op("autotimm::best_first", mutates_args=())
-def _best_first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    "An operator of torch's, registered once in a process: a second one would take the first away."
+    if not hasattr(torch.ops.autotimm, name):
+        operator = torch.library.custom_op(f"autotimm::{name}", function, mutates_args=())
+        operator.register_fake(fake)
+    return getattr(torch.ops.autotimm, name)
+
+def _best_rows(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best, order = _first_rows(values, k)
     return best.clone(), order.clone()
 
-@_best_first.register_fake
-def _(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _fake_rows(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = values.shape[0]
     return values.new_empty(rows, k), values.new_empty(rows, k, dtype=torch.int64)
+
+_best_first = _register("best_first", _best_rows, _fake_rows)
 
 def best_first(
     values: Tensor,                 # (B, N)
@@ -69,13 +76,10 @@ def _keep_rows(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tens
         keep[i, real[nms(boxes_xyxy[i][real], scores[i][real], iou_threshold)]] = True
     return keep
 
-@torch.library.custom_op("autotimm::keep_best", mutates_args=())
-def _keep_best(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    return _keep_rows(boxes_xyxy, scores, iou_threshold)
-
-@_keep_best.register_fake
-def _(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def _fake_kept(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
+
+_keep_best = _register("keep_best", _keep_rows, _fake_kept)
 
 def keep_best(
     boxes_xyxy: Tensor,             # (B, K, 4), those of different classes far apart

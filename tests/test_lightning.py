@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[1]
 LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning")
 
 
-def is_private(name: str) -> bool: return name.startswith("_") and not name.endswith("__")
+def is_private(name: str) -> bool:
+    "Whether a name begins with an underscore; a lone one names nothing."
+    return name.startswith("_") and bool(name.strip("_")) and not name.endswith("__")
 
 
 def defined(folder: Path, of_others: bool = True) -> set[str]:

@@ -26,7 +26,7 @@ import yaml
 from fastcore.docments import docments
 from pytorch_lightning.cli import LightningCLI
 
-from ..core import lookup, require
+from ..core import inherit_signature, lookup, require
 from ..data.datamodule.images import (ImageDataModule, MultiLabelImageDataModule,
                                              SegmentationDataModule)
 from ..data.datamodule.objects import DetectionDataModule, InstanceSegmentationDataModule
@@ -122,12 +122,9 @@ def full_signature(
     "A class whose constructor shows every parameter to jsonargparse."
     class Full(cls):          # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None: super().__init__(*args, **kwargs)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    signature = inspect.Signature([own, *inspect.signature(cls).parameters.values()])
-    Full.__init__.__signature__ = signature  # type: ignore[attr-defined]
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Full, name, getattr(cls, name))
-    return Full
+    return inherit_signature(Full, constructor=True)
 
 # %% ../../nbs/860_training_cli_options.ipynb #85dfa02f
 @dataclass(frozen=True)
